@@ -1,0 +1,31 @@
+"""Names that several modules share: context parameters, force groups, file names."""
+
+DEFAULT_PREFIX = "diffforce_"
+"""Prefix of the context parameters of a learned force; two forces in a System need two prefixes."""
+
+LAMBDA = "lambda"
+"""``<prefix>lambda``: the alchemical coordinate in [0, 1]."""
+
+NOISE = "noise"
+"""``<prefix>noise``: the diffusion time t in [0, 1]; 0 is exactly clean."""
+
+SCALE = "scale"
+"""``<prefix>scale``: factor on the whole learned energy (1 = as learned)."""
+
+CLASSICAL_GROUP = 0
+"""Force group of the classical terms (OpenMM's default group)."""
+
+LEARNED_GROUP = 7
+"""Force group of a learned force, so that its energy can be read alone."""
+
+RESTRAINT_GROUP = 8
+"""Force group of restraints that this package adds."""
+
+U_NK_FILE = "u_nk.parquet"
+"""Reduced potentials of a window run, alchemlyb standard form."""
+
+DHDL_FILE = "dHdl.parquet"
+"""dH/dlambda of a window run, alchemlyb standard form, reduced units."""
+
+RECORD_FILE = "record.json"
+"""What was run: versions, seeds, settings, hashes."""
