@@ -1,0 +1,830 @@
+"""Reading OpenMM Systems: what is in them, what they give at frames, whether two are one molecule.
+
+Only Systems of classical forces are cloned here. A learned force (TorchForce, PythonForce)
+cannot be deserialized by OpenMM, so it is refused by name instead of crashing.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openmm as mm
+from openmm import unit
+
+from .constants import RESTRAINT_GROUP
+from .errors import ConvergenceError, IncompatibleSystemError, InputError
+from .units import thermal_energy, to_md
+
+FloatArray = npt.NDArray[np.float64]
+
+CLASSICAL_FORCES = frozenset(
+    {
+        "HarmonicBondForce",
+        "HarmonicAngleForce",
+        "PeriodicTorsionForce",
+        "RBTorsionForce",
+        "CMAPTorsionForce",
+        "NonbondedForce",
+        "GBSAOBCForce",
+        "CustomBondForce",
+        "CustomAngleForce",
+        "CustomTorsionForce",
+        "CustomCompoundBondForce",
+        "CustomCentroidBondForce",
+        "CustomExternalForce",
+        "CustomNonbondedForce",
+        "CustomGBForce",
+        "CustomCVForce",
+        "RMSDForce",
+    }
+)
+"""Forces that have an energy and survive an XML round trip."""
+
+BOOKKEEPING_FORCES = frozenset(
+    {
+        "CMMotionRemover",
+        "AndersenThermostat",
+        "MonteCarloBarostat",
+        "MonteCarloAnisotropicBarostat",
+        "MonteCarloMembraneBarostat",
+        "MonteCarloFlexibleBarostat",
+    }
+)
+"""Forces without an energy: they act on momenta or on the box."""
+
+LEARNED_FORCES = frozenset({"TorchForce", "PythonForce", "DiffusionForce"})
+"""Forces that OpenMM cannot deserialize."""
+
+SMALL_SYSTEM = 200
+"""Below this many particles :func:`default_platform` is Reference."""
+
+
+def force_type(force: Any) -> str:
+    """OpenMM class name of a force; subclasses and foreign plugins are named by what they are.
+
+    Examples
+    --------
+    >>> import openmm
+    >>> force_type(openmm.HarmonicBondForce())
+    'HarmonicBondForce'
+    """
+    if type(force).__name__ != "Force":
+        return type(force).__name__
+    # A plugin force without its Python module imported comes back as a bare Force.
+    return str(force.getName())
+
+
+@dataclass(frozen=True)
+class SystemSummary:
+    """What a System holds: see :func:`describe`.
+
+    Attributes
+    ----------
+    n_particles : int
+    forces : tuple of str
+        Class names in order.
+    n_constraints : int
+    constrained : tuple of int
+        Particles in a constraint.
+    virtual_sites : tuple of int
+    massless : tuple of int
+        Particles of zero mass that are not virtual sites (OpenMM holds them fixed).
+    periodic : bool
+    unknown_forces : tuple of str
+        Forces that are on no white list.
+    """
+
+    n_particles: int
+    forces: tuple[str, ...]
+    n_constraints: int
+    constrained: tuple[int, ...]
+    virtual_sites: tuple[int, ...]
+    massless: tuple[int, ...]
+    periodic: bool
+    unknown_forces: tuple[str, ...]
+
+
+def _check_system(system: Any, *, name: str = "system") -> mm.System:
+    if not isinstance(system, mm.System):
+        raise InputError(f"{name}: expected an openmm.System, found {type(system).__name__}.")
+    if system.getNumParticles() == 0:
+        raise InputError(f"{name}: expected a System with particles, found an empty one.")
+    return system
+
+
+def constrained_atoms(system: mm.System) -> tuple[int, ...]:
+    """Indices of the particles that take part in a distance constraint, ascending.
+
+    Examples
+    --------
+    >>> import openmm
+    >>> system = openmm.System()
+    >>> _ = [system.addParticle(1.0) for _ in range(3)]
+    >>> _ = system.addConstraint(0, 2, 0.1)
+    >>> constrained_atoms(system)
+    (0, 2)
+    """
+    atoms: set[int] = set()
+    for i in range(_check_system(system).getNumConstraints()):
+        a, b, _ = system.getConstraintParameters(i)
+        atoms |= {int(a), int(b)}
+    return tuple(sorted(atoms))
+
+
+def virtual_sites(system: mm.System) -> tuple[int, ...]:
+    """Indices of the virtual sites, ascending."""
+    n = _check_system(system).getNumParticles()
+    return tuple(i for i in range(n) if system.isVirtualSite(i))
+
+
+def massless_atoms(system: mm.System) -> tuple[int, ...]:
+    """Indices of zero-mass particles that are not virtual sites, ascending."""
+    masses = particle_masses(system)
+    return tuple(i for i in range(len(masses)) if masses[i] == 0.0 and not system.isVirtualSite(i))
+
+
+def particle_masses(system: mm.System) -> FloatArray:
+    """Masses [Da], shape (n_particles,)."""
+    n = _check_system(system).getNumParticles()
+    return np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(n)])
+
+
+def describe(system: mm.System) -> SystemSummary:
+    """Say what a System holds; never raises for an unknown force, it names it.
+
+    Parameters
+    ----------
+    system : openmm.System
+
+    Returns
+    -------
+    SystemSummary
+
+    Raises
+    ------
+    InputError
+        If ``system`` is not a System, or has no particles.
+    """
+    names = tuple(force_type(f) for f in _check_system(system).getForces())
+    known = CLASSICAL_FORCES | BOOKKEEPING_FORCES | LEARNED_FORCES
+    return SystemSummary(
+        n_particles=system.getNumParticles(),
+        forces=names,
+        n_constraints=system.getNumConstraints(),
+        constrained=constrained_atoms(system),
+        virtual_sites=virtual_sites(system),
+        massless=massless_atoms(system),
+        periodic=_is_periodic(system),
+        unknown_forces=tuple(n for n in names if n not in known),
+    )
+
+
+def _is_periodic(system: mm.System) -> bool:
+    for force in system.getForces():
+        try:
+            if force.usesPeriodicBoundaryConditions():
+                return True
+        except mm.OpenMMException:  # a force that cannot say does not use the box
+            continue
+    return False
+
+
+def clone_system(system: mm.System) -> mm.System:
+    """A deep copy of a System of classical forces.
+
+    Raises
+    ------
+    IncompatibleSystemError
+        If the System holds a force that is not on the white list: a learned force cannot be
+        deserialized by OpenMM (it fails or crashes), an unknown one might not be.
+
+    Examples
+    --------
+    >>> import openmm
+    >>> system = openmm.System()
+    >>> _ = system.addParticle(1.0)
+    >>> clone_system(system).getNumParticles()
+    1
+    """
+    require_classical(system)
+    return copy.deepcopy(system)
+
+
+def require_classical(system: mm.System, *, name: str = "system") -> None:
+    """Refuse a System with learned or unknown forces.
+
+    Raises
+    ------
+    IncompatibleSystemError
+        With the names of the forces.
+    """
+    allowed = CLASSICAL_FORCES | BOOKKEEPING_FORCES
+    foreign = [n for n in describe(_check_system(system, name=name)).forces if n not in allowed]
+    if foreign:
+        raise IncompatibleSystemError(
+            f"{name}: expected classical forces only, found {', '.join(foreign)}; pass the System "
+            "without them (a learned force is rebuilt from its artefact and added last)."
+        )
+
+
+def require_unconstrained(
+    system: mm.System, atoms: Sequence[int] | None = None, *, name: str = "system"
+) -> None:
+    """Refuse constrained, virtual or massless atoms: their density is singular.
+
+    Parameters
+    ----------
+    system : openmm.System
+    atoms : sequence of int, optional
+        The atoms that matter; all particles if omitted.
+    name : str
+        Used in the message.
+
+    Raises
+    ------
+    IncompatibleSystemError
+        With the offending atoms and the cure.
+    """
+    subset = set(range(_check_system(system, name=name).getNumParticles()))
+    if atoms is not None:
+        subset = {int(a) for a in atoms}
+    for what, found, cure in (
+        ("constrained", constrained_atoms(system), "create the System with constraints=None, "
+         "rigidWater=False"),
+        ("virtual-site", virtual_sites(system), "leave them out of the atom subset"),
+        ("massless", massless_atoms(system), "give them a mass, or leave them out of the subset"),
+    ):  # fmt: skip
+        bad = sorted(subset & set(found))
+        if bad:
+            shown = f"{bad[:8]}{' ...' if len(bad) > 8 else ''}"
+            raise IncompatibleSystemError(
+                f"{name}: expected unconstrained massive atoms, found {len(bad)} {what} atoms "
+                f"{shown}; {cure}."
+            )
+
+
+def check_same_particles(system_0: mm.System, system_1: mm.System) -> None:
+    """Check that two Systems are two Hamiltonians of the same particles.
+
+    Compared: number of particles, masses, constraints (pairs and lengths), virtual sites, and
+    whether both use the periodic box, with equal default box vectors.
+
+    Raises
+    ------
+    IncompatibleSystemError
+        At the first difference, with both values.
+    """
+    n_0 = _check_system(system_0, name="system_0").getNumParticles()
+    n_1 = _check_system(system_1, name="system_1").getNumParticles()
+    if n_0 != n_1:
+        raise IncompatibleSystemError(
+            f"end states: expected the same number of particles, found {n_0} and {n_1}; build one "
+            "System that holds the atoms of both, with dummy atoms where one lacks them."
+        )
+    mass_0, mass_1 = particle_masses(system_0), particle_masses(system_1)
+    if not np.array_equal(mass_0, mass_1):
+        i = int(np.flatnonzero(mass_0 != mass_1)[0])
+        raise IncompatibleSystemError(
+            f"end states: expected equal masses, found {mass_0[i]} and {mass_1[i]} Da at particle "
+            f"{i}; give both the same masses (Delta f does not depend on them)."
+        )
+    if virtual_sites(system_0) != virtual_sites(system_1):
+        raise IncompatibleSystemError(
+            f"end states: expected the same virtual sites, found {virtual_sites(system_0)} and "
+            f"{virtual_sites(system_1)}."
+        )
+    cons_0, cons_1 = _constraints(system_0), _constraints(system_1)
+    if cons_0 != cons_1:
+        pair = sorted(set(cons_0.items()) ^ set(cons_1.items()))[0]
+        raise IncompatibleSystemError(
+            f"end states: expected the same constraints, found {len(cons_0)} and {len(cons_1)}, "
+            f"differing at {pair}; create both Systems with constraints=None."
+        )
+    periodic_0, periodic_1 = _is_periodic(system_0), _is_periodic(system_1)
+    if periodic_0 != periodic_1:
+        raise IncompatibleSystemError(
+            f"end states: expected both periodic or neither, found {periodic_0} and {periodic_1}."
+        )
+    if periodic_0:
+        box_0, box_1 = _default_box(system_0), _default_box(system_1)
+        if not np.array_equal(box_0, box_1):
+            raise IncompatibleSystemError(
+                f"end states: expected equal default boxes, found {box_0.tolist()} and "
+                f"{box_1.tolist()} nm."
+            )
+
+
+def _constraints(system: mm.System) -> dict[tuple[int, int], float]:
+    found = {}
+    for i in range(system.getNumConstraints()):
+        a, b, length = system.getConstraintParameters(i)
+        found[(min(a, b), max(a, b))] = float(length.value_in_unit(unit.nanometer))
+    return found
+
+
+def _default_box(system: mm.System) -> FloatArray:
+    vectors = system.getDefaultPeriodicBoxVectors()
+    return np.array([list(v.value_in_unit(unit.nanometer)) for v in vectors])
+
+
+def default_platform(n_particles: int) -> str:
+    """Platform that is fastest for a System of this size on a CPU.
+
+    Below 200 particles the single-threaded Reference platform wins by an order of magnitude:
+    the CPU platform pays for threads and neighbour lists at every step (22 atoms: 130k against
+    8k steps/s). It also works in float64 throughout, so small runs are exactly repeatable.
+
+    Examples
+    --------
+    >>> default_platform(22), default_platform(20000)
+    ('Reference', 'CPU')
+    """
+    return "Reference" if n_particles < SMALL_SYSTEM else "CPU"
+
+
+def get_platform(platform: str | None, n_particles: int) -> mm.Platform:
+    """An OpenMM Platform by name, ``None`` for :func:`default_platform`.
+
+    Raises
+    ------
+    InputError
+        If the platform is not installed; the message lists those that are.
+    """
+    name = default_platform(n_particles) if platform is None else platform
+    names = [mm.Platform.getPlatform(i).getName() for i in range(mm.Platform.getNumPlatforms())]
+    if name not in names:
+        raise InputError(f"platform: expected one of {names}, found {name!r}.")
+    return mm.Platform.getPlatformByName(name)
+
+
+def check_frames(
+    x_nad: Any, n_atoms: int, *, name: str = "positions", single: bool = False
+) -> FloatArray:
+    """Check positions at the door.
+
+    Parameters
+    ----------
+    x_nad : array_like or Quantity
+        [nm], shape (n_frames, n_atoms, 3); shape (n_atoms, 3) is one frame.
+    n_atoms : int
+    name : str
+        Used in the message.
+    single : bool
+        Expect one frame and return shape (n_atoms, 3).
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 [nm], shape (n_frames, n_atoms, 3), or (n_atoms, 3) if ``single``.
+
+    Raises
+    ------
+    InputError
+        For another shape or a number that is not finite.
+    UnitsError
+        For a Quantity that is not a length.
+    """
+    value = to_md(x_nad, unit.nanometer, name=name)
+    try:
+        x = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as err:
+        raise InputError(f"{name}: expected an array of numbers [nm], found {err}.") from err
+    if x.ndim == 2 and not single:
+        x = x[None]
+    want = (n_atoms, 3)
+    if x.ndim != (2 if single else 3) or x.shape[-2:] != want:
+        shape = f"({n_atoms}, 3)" if single else f"(n_frames, {n_atoms}, 3)"
+        raise InputError(
+            f"{name}: expected shape {shape} [nm], found {x.shape}; the frames must have the "
+            "atoms of the System, in its order."
+        )
+    if not np.isfinite(x).all():
+        bad = np.argwhere(~np.isfinite(x))[0].tolist()
+        raise InputError(f"{name}: expected finite numbers, found {x[tuple(bad)]} at index {bad}.")
+    return np.ascontiguousarray(x)
+
+
+def _check_box(box: Any, n_frames: int) -> FloatArray | None:
+    if box is None:
+        return None
+    value = np.asarray(to_md(box, unit.nanometer, name="box"), dtype=np.float64)
+    if value.shape == (3, 3):
+        value = np.broadcast_to(value, (n_frames, 3, 3))
+    if value.shape != (n_frames, 3, 3) or not np.isfinite(value).all():
+        raise InputError(
+            f"box: expected finite box vectors [nm] of shape (3, 3) or ({n_frames}, 3, 3), "
+            f"found shape {value.shape}."
+        )
+    return value
+
+
+def _evaluation_context(system: mm.System, platform: str | None) -> mm.Context:
+    chosen = get_platform(platform, system.getNumParticles())
+    try:
+        return mm.Context(system, mm.VerletIntegrator(0.001), chosen)
+    except mm.OpenMMException as err:
+        raise IncompatibleSystemError(
+            f"OpenMM cannot make a Context of this System on platform {chosen.getName()}: {err}"
+        ) from err
+
+
+def evaluate_frames(
+    system: mm.System,
+    x_nad: Any,
+    *,
+    box: Any = None,
+    platform: str | None = "Reference",
+    groups: set[int] | None = None,
+    parameters: dict[str, float] | None = None,
+    with_forces: bool = False,
+    derivative: str | None = None,
+) -> tuple[FloatArray, FloatArray | None, FloatArray | None]:
+    """Energies, and if asked forces and a parameter derivative, at given frames.
+
+    Parameters
+    ----------
+    system : openmm.System
+    x_nad : array_like, shape (n_frames, n_atoms, 3)
+        Positions [nm]; virtual sites are taken as given.
+    box : array_like, optional
+        Box vectors [nm], shape (3, 3) or (n_frames, 3, 3); the System's default box if omitted.
+    platform : str, optional
+        OpenMM platform; ``None`` chooses by size.
+    groups : set of int, optional
+        Force groups; all if omitted.
+    parameters : dict, optional
+        Context parameters to set.
+    with_forces : bool
+    derivative : str, optional
+        Context parameter whose exact energy derivative is wanted.
+
+    Returns
+    -------
+    energies : numpy.ndarray, shape (n_frames,)
+        [kJ/mol].
+    forces : numpy.ndarray or None, shape (n_frames, n_atoms, 3)
+        [kJ/mol/nm].
+    derivatives : numpy.ndarray or None, shape (n_frames,)
+        dU/dparameter [kJ/mol].
+
+    Raises
+    ------
+    InputError
+        For wrong shapes, unknown parameters, or a parameter without a derivative.
+    """
+    _check_system(system)
+    x = check_frames(x_nad, system.getNumParticles())
+    boxes = _check_box(box, len(x))
+    context = _evaluation_context(system, platform)
+    for key, value in (parameters or {}).items():
+        set_parameter(context, key, value)
+    n = len(x)
+    energies = np.empty(n)
+    forces_nad = np.empty_like(x) if with_forces else None
+    slopes = np.empty(n) if derivative is not None else None
+    query: dict[str, Any] = {"energy": True, "forces": with_forces}
+    if derivative is not None:
+        query["parameterDerivatives"] = True
+    if groups is not None:
+        query["groups"] = groups
+    for i in range(n):
+        if boxes is not None:
+            context.setPeriodicBoxVectors(*boxes[i])
+        context.setPositions(x[i])
+        state = context.getState(**query)
+        energies[i] = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
+        if forces_nad is not None:
+            forces_nad[i] = state.getForces(asNumpy=True)._value
+        if slopes is not None:
+            found = dict(state.getEnergyParameterDerivatives())
+            if derivative not in found:
+                raise InputError(
+                    f"derivative: expected a context parameter with an energy derivative, one of "
+                    f"{sorted(found)}, found {derivative!r}."
+                )
+            slopes[i] = found[derivative]
+    return energies, forces_nad, slopes
+
+
+def set_parameter(context: mm.Context, name: str, value: float) -> None:
+    """Set a context parameter, with advice instead of OpenMM's error when there is none.
+
+    Raises
+    ------
+    InputError
+        If no force defines it, or the value is not finite.
+    """
+    if not (isinstance(value, int | float | np.floating) and math.isfinite(value)):
+        raise InputError(f"{name}: expected a finite number, found {value!r}.")
+    try:
+        context.setParameter(name, float(value))
+    except mm.OpenMMException as err:
+        raise InputError(
+            f"parameter {name!r}: expected one of {sorted(dict(context.getParameters()))}, which "
+            "the forces of this System define; check the name (a learned force prefixes its own)."
+        ) from err
+
+
+def potential_energies(
+    system: mm.System, x_nad: Any, *, box: Any = None, platform: str | None = "Reference"
+) -> FloatArray:
+    """Potential energy of every frame [kJ/mol], shape (n_frames,).
+
+    See :func:`evaluate_frames` for the arguments and errors.
+
+    Examples
+    --------
+    >>> import openmm
+    >>> system = openmm.System()
+    >>> _ = [system.addParticle(1.0) for _ in range(2)]
+    >>> bond = openmm.HarmonicBondForce()
+    >>> _ = bond.addBond(0, 1, 0.1, 200.0)
+    >>> _ = system.addForce(bond)
+    >>> potential_energies(system, [[[0, 0, 0], [0.2, 0, 0]]]).round(6).tolist()
+    [1.0]
+    """
+    return evaluate_frames(system, x_nad, box=box, platform=platform)[0]
+
+
+def forces(
+    system: mm.System, x_nad: Any, *, box: Any = None, platform: str | None = "Reference"
+) -> FloatArray:
+    """Force on every atom of every frame [kJ/mol/nm], shape (n_frames, n_atoms, 3).
+
+    See :func:`evaluate_frames` for the arguments and errors.
+    """
+    found = evaluate_frames(system, x_nad, box=box, platform=platform, with_forces=True)[1]
+    assert found is not None  # for the type checker: with_forces is set
+    return found
+
+
+def add_flat_bottom_torsion(
+    system: mm.System,
+    atoms: Sequence[int],
+    centre_deg: float,
+    half_width_deg: float,
+    k: Any = 200.0,
+) -> int:
+    r"""Add a flat-bottom restraint on a torsion to a System, in place.
+
+    .. math:: U = \tfrac12 k \max(0, |\phi - \phi_0|_{2\pi} - w)^2
+
+    Parameters
+    ----------
+    system : openmm.System
+    atoms : four int
+    centre_deg : float
+        Centre of the allowed range [degrees].
+    half_width_deg : float
+        Half its width [degrees], in (0, 180).
+    k : float or Quantity
+        [kJ/mol/rad^2].
+
+    Returns
+    -------
+    int
+        Index of the new force; its group is ``constants.RESTRAINT_GROUP``.
+
+    Raises
+    ------
+    InputError
+        For wrong atoms or numbers.
+    """
+    _check_system(system)
+    idx = [int(a) for a in atoms]
+    n = system.getNumParticles()
+    if len(idx) != 4 or len(set(idx)) != 4 or min(idx) < 0 or max(idx) >= n:
+        raise InputError(f"atoms: expected four different indices in [0, {n}), found {idx}.")
+    if not (math.isfinite(centre_deg) and math.isfinite(half_width_deg)):
+        raise InputError("centre_deg, half_width_deg: expected finite degrees.")
+    if not 0.0 < half_width_deg < 180.0:
+        raise InputError(f"half_width_deg: expected (0, 180), found {half_width_deg}.")
+    stiffness = to_md(k, unit.kilojoule_per_mole / unit.radian**2, name="k")
+    if not (isinstance(stiffness, int | float) and math.isfinite(stiffness) and stiffness > 0):
+        raise InputError(f"k: expected a finite number > 0 [kJ/mol/rad^2], found {k!r}.")
+    force = mm.CustomTorsionForce(
+        "0.5*k*max(0, d-width)^2; d=min(delta, 2*pi-delta); delta=abs(theta-centre);"
+        f" pi={math.pi!r}"
+    )
+    for name in ("k", "centre", "width"):
+        force.addPerTorsionParameter(name)
+    centre = (math.radians(centre_deg) + math.pi) % (2 * math.pi) - math.pi
+    force.addTorsion(*idx, [float(stiffness), centre, math.radians(half_width_deg)])
+    force.setForceGroup(RESTRAINT_GROUP)
+    force.setName("flat-bottom torsion")
+    return int(system.addForce(force))
+
+
+def seed_to_int32(rng: np.random.Generator) -> int:
+    """A seed for OpenMM: positive, because OpenMM takes 0 as 'choose one from the clock'."""
+    return int(rng.integers(1, 2**31 - 1))
+
+
+def check_positive(name: str, value: Any, *, integer: bool = False) -> Any:
+    """A finite number above zero, or InputError with the name."""
+    kinds: tuple[type, ...] = (int, np.integer) if integer else (int, float, np.number)
+    good = isinstance(value, kinds) and not isinstance(value, bool)
+    if not (good and math.isfinite(value) and value > 0):
+        kind = "an integer" if integer else "a finite number"
+        raise InputError(f"{name}: expected {kind} > 0, found {value!r}.")
+    return int(value) if integer else float(value)
+
+
+def check_topology(topology: Any, system: mm.System) -> None:
+    """Refuse a topology that does not have the System's particles.
+
+    Raises
+    ------
+    InputError
+        If it is not an openmm.app.Topology or has another number of atoms.
+    """
+    if not hasattr(topology, "getNumAtoms"):
+        raise InputError(
+            f"topology: expected an openmm.app.Topology, found {type(topology).__name__}; an "
+            "mdtraj topology converts with .to_openmm()."
+        )
+    if topology.getNumAtoms() != system.getNumParticles():
+        raise InputError(
+            f"topology: expected {system.getNumParticles()} atoms as in the System, found "
+            f"{topology.getNumAtoms()}."
+        )
+
+
+def check_state(context: mm.Context, what: str) -> None:
+    """Raise ConvergenceError if the energy or a coordinate is no longer finite."""
+    state = context.getState(energy=True, positions=True)
+    energy = state.getPotentialEnergy()._value
+    x = state.getPositions(asNumpy=True)._value
+    if not (math.isfinite(energy) and np.isfinite(x).all()):
+        raise blow_up_error(what, f"potential energy {energy} kJ/mol")
+
+
+def blow_up_error(what: str, detail: str) -> ConvergenceError:
+    """The one message for dynamics that became unstable."""
+    return ConvergenceError(
+        f"{what}: expected finite positions and energy, found {detail}: the dynamics became "
+        "unstable. Minimize first, use a shorter timestep, or (a learned force) look for frames "
+        "outside its training data."
+    )
+
+
+def sample(
+    system: mm.System,
+    topology: Any,
+    positions: Any,
+    *,
+    temperature: Any,
+    n_frames: int,
+    interval: int = 500,
+    timestep: Any = 0.001,
+    friction: Any = 1.0,
+    n_equil: int = 10000,
+    seed: int = 0,
+    platform: str | None = None,
+    parameters: dict[str, float] | None = None,
+    minimize: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> FloatArray:
+    """Frames of one canonical ensemble, by Langevin dynamics (OpenMM's LangevinMiddle).
+
+    Parameters
+    ----------
+    system : openmm.System
+        May hold a learned force.
+    topology : openmm.app.Topology
+        Only checked against the System.
+    positions : array_like, shape (n_atoms, 3)
+        Start [nm].
+    temperature : float or Quantity
+        [K].
+    n_frames, interval : int
+        Frames wanted, and steps between them: choose it long enough to decorrelate.
+    timestep : float or Quantity
+        [ps].
+    friction : float or Quantity
+        [1/ps].
+    n_equil : int
+        Steps thrown away first.
+    seed : int
+        Seeds velocities and noise.
+    platform : str, optional
+        OpenMM platform; chosen by size if omitted.
+    parameters : dict, optional
+        Context parameters to set.
+    minimize : bool
+        Minimize the energy first.
+    progress : callable, optional
+        Called as ``progress(n_done, n_frames)``.
+
+    Returns
+    -------
+    numpy.ndarray
+        [nm], float64, shape (n_frames, n_atoms, 3).
+
+    Raises
+    ------
+    InputError, UnitsError
+        For bad arguments.
+    ConvergenceError
+        If the dynamics becomes unstable.
+
+    Notes
+    -----
+    Repeatable on the Reference platform. Periodic frames are not wrapped. Nothing is saved:
+    use :func:`openmm_diffforce.windows.run_windows` for runs that must survive a crash.
+    """
+    _check_system(system)
+    check_topology(topology, system)
+    x = check_frames(positions, system.getNumParticles(), single=True)
+    n_frames = check_positive("n_frames", n_frames, integer=True)
+    interval = check_positive("interval", interval, integer=True)
+    if not isinstance(n_equil, int | np.integer) or n_equil < 0:
+        raise InputError(f"n_equil: expected an integer >= 0, found {n_equil!r}.")
+    rng = np.random.default_rng(check_seed(seed))
+    context = make_context(
+        system,
+        temperature=temperature,
+        timestep=timestep,
+        friction=friction,
+        platform=platform,
+        seed=seed_to_int32(rng),
+    )
+    integrator = context.getIntegrator()
+    for key, value in (parameters or {}).items():
+        set_parameter(context, key, value)
+    start_context(context, x, seed=seed_to_int32(rng), temperature=temperature, minimize=minimize)
+    frames = np.empty((n_frames, system.getNumParticles(), 3))
+    step_checked(integrator, int(n_equil), "sample (equilibration)")
+    for i in range(n_frames):
+        step_checked(integrator, interval, f"sample (frame {i})")
+        frames[i] = context.getState(positions=True).getPositions(asNumpy=True)._value
+        if not np.isfinite(frames[i]).all():
+            raise blow_up_error(f"sample (frame {i})", "coordinates that are not finite")
+        if progress is not None:
+            progress(i + 1, n_frames)
+    return frames
+
+
+def check_seed(seed: Any) -> int:
+    """A non-negative integer seed, or InputError."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed: expected an integer >= 0, found {seed!r}.")
+    return int(seed)
+
+
+def make_context(
+    system: mm.System,
+    *,
+    temperature: Any,
+    timestep: Any,
+    friction: Any,
+    platform: str | None,
+    seed: int,
+) -> mm.Context:
+    """A Context with a seeded LangevinMiddle integrator; arguments as in :func:`sample`."""
+    thermal_energy(temperature)
+    kelvin = float(to_md(temperature, unit.kelvin, name="temperature"))
+    dt = check_positive("timestep", to_md(timestep, unit.picosecond, name="timestep"))
+    gamma = check_positive("friction", to_md(friction, unit.picosecond**-1, name="friction"))
+    integrator = mm.LangevinMiddleIntegrator(kelvin, gamma, dt)
+    integrator.setRandomNumberSeed(seed)
+    chosen = get_platform(platform, system.getNumParticles())
+    try:
+        return mm.Context(system, integrator, chosen)
+    except mm.OpenMMException as err:
+        raise IncompatibleSystemError(
+            f"OpenMM cannot make a Context of this System on platform {chosen.getName()}: {err}"
+        ) from err
+
+
+def start_context(
+    context: mm.Context, x: FloatArray, *, seed: int, temperature: Any, minimize: bool
+) -> None:
+    """Set positions, minimize if asked, draw velocities; refuse a start that is not finite."""
+    context.setPositions(x)
+    context.computeVirtualSites()
+    context.applyConstraints(1e-6)
+    try:
+        check_state(context, "start")
+        if minimize:
+            mm.LocalEnergyMinimizer.minimize(context, 1.0, 1000)
+            check_state(context, "minimization")
+    except mm.OpenMMException as err:
+        raise blow_up_error("start", str(err)) from err
+    context.setVelocitiesToTemperature(
+        float(to_md(temperature, unit.kelvin, name="temperature")), seed
+    )
+
+
+def step_checked(integrator: mm.Integrator, n_steps: int, what: str) -> None:
+    """Integrate; OpenMM's NaN error becomes ConvergenceError."""
+    try:
+        integrator.step(n_steps)
+    except mm.OpenMMException as err:
+        if "NaN" in str(err) or "nan" in str(err).lower():
+            raise blow_up_error(what, str(err)) from err
+        raise
