@@ -1,0 +1,598 @@
+"""From an artefact to an ``openmm.Force``.
+
+``DiffusionForce`` is an OpenMM force: add it to a System like any other. Two backends carry the
+same numbers: ``torchforce`` (openmm-torch's TorchForce, TorchScript without Python in the step)
+and ``python`` (OpenMM's PythonForce, any torch). Both evaluate explicit derivatives from the
+model's ``fields``; autograd does not run in a step.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from openmm import app, unit
+
+from .artefact import Artefact, load_artefact
+from .constants import DEFAULT_PREFIX, LAMBDA, LEARNED_GROUP, NOISE, SCALE
+from .errors import IncompatibleSystemError, InputError, MissingDependencyError, ModelError
+from .models.graph import MolecularGraph
+from .schedule import alpha_sigma
+from .units import thermal_energy, to_md
+
+Tensor = torch.Tensor
+
+MANIFEST_VERSION = 1
+"""Version of the dictionary that :meth:`DiffusionForce.manifest` returns."""
+
+TEMPERATURE_TOLERANCE = 0.01
+"""Temperatures closer than this [K] count as equal."""
+
+
+class _Evaluator(torch.nn.Module):
+    """Energy [kJ/mol], forces and parameter derivatives of a model on one set of positions.
+
+    The one place where a model meets MD: atom subset, whole molecules across a periodic box,
+    y = alpha x with its chain rule, and kT.
+    """
+
+    def __init__(self, artefact: Artefact, atoms: np.ndarray, mode: str) -> None:
+        super().__init__()
+        self.model = artefact.model
+        self.kt = thermal_energy(artefact.temperature)
+        kind, sigma_max, beta_min, beta_max, length = artefact.schedule.script_args()
+        self.schedule_kind = kind
+        self.sigma_max = float(sigma_max)
+        self.beta_min = float(beta_min)
+        self.beta_max = float(beta_max)
+        self.length = float(length)
+        self.double = artefact.metadata["dtype"] == "float64"
+        self.operator = mode == "operator"
+        self.register_buffer("atoms", torch.as_tensor(atoms, dtype=torch.int64))
+        parent, path = _spanning_tree(artefact.graph)
+        self.register_buffer("parent", parent)
+        self.register_buffer("path", path)
+
+    def whole(self, x: Tensor, box: Tensor) -> Tensor:
+        """Undo periodic wrapping along bonds; lattice shifts are constants for the gradient."""
+        d = x - x[self.parent]
+        shift_c = torch.round(d[:, 2] / box[2, 2])
+        d = d - shift_c[:, None] * box[2]
+        shift_b = torch.round(d[:, 1] / box[1, 1])
+        d = d - shift_b[:, None] * box[1]
+        shift_a = torch.round(d[:, 0] / box[0, 0])
+        shifts = self.path @ torch.stack([shift_a, shift_b, shift_c], dim=1)
+        return x - shifts @ box
+
+    def evaluate(
+        self, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E, forces [n_atoms, 3], dE/dlambda, dE/dscale for atoms x [n_atoms, 3] of the model."""
+        alpha, _ = alpha_sigma(
+            self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, noise
+        )
+        y = (alpha * x)[None]
+        if self.operator:
+            action, gradient, d_lam = self.increment(y, noise, lam)
+        else:
+            action, gradient, d_lam = self.model.fields(y, noise, lam)
+        reduced = self.kt * action[0]
+        return (
+            scale * reduced,
+            -(scale * self.kt * alpha) * gradient[0],
+            scale[0] * self.kt * d_lam[0],
+            reduced,
+        )
+
+    def increment(self, y: Tensor, noise: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """S(y, t, lam) - S(y, t, 0), for any model of the contract."""
+        action, gradient, d_lam = self.model.fields(y, noise, lam)
+        action_0, gradient_0, _ = self.model.fields(y, noise, torch.zeros_like(lam))
+        return action - action_0, gradient - gradient_0, d_lam
+
+
+class _PairEvaluator(_Evaluator):
+    """The same for a model that knows its own increment, without the base action's cost."""
+
+    def increment(self, y: Tensor, noise: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.model.increment_fields(y, noise, lam)
+
+
+class _TorchForceModule(torch.nn.Module):
+    """What TorchForce runs: (positions, [box,] lambda, noise, scale) -> (E, forces)."""
+
+    def __init__(self, evaluator: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.evaluator = evaluator
+
+    def finish(
+        self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        e = self.evaluator
+        one = torch.ones(1, dtype=x.dtype)
+        lam_value, scale_value = lam.data, scale.data
+        energy, forces, d_lam, d_scale = e.evaluate(
+            x, lam_value * one, noise.data * one, scale_value * one
+        )
+        out = torch.zeros_like(positions)
+        out[e.atoms] = forces.to(positions.dtype)
+        # TorchForce differentiates the energy with respect to the parameters after freezing,
+        # which drops detach(): the derivatives enter as explicit linear terms of value zero.
+        energy = energy.sum() + d_lam * (lam - lam_value) + d_scale * (scale - scale_value)
+        return energy, out
+
+
+class _OpenModule(_TorchForceModule):
+    def forward(
+        self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = positions.data[self.evaluator.atoms]
+        if self.evaluator.double:
+            x = x.double()
+        else:
+            x = x.float()
+        return self.finish(positions.data, x, lam, noise, scale)
+
+
+class _PeriodicModule(_TorchForceModule):
+    def forward(
+        self, positions: Tensor, box: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = positions.data[self.evaluator.atoms]
+        if self.evaluator.double:
+            x = x.double()
+        else:
+            x = x.float()
+        x = self.evaluator.whole(x, box.to(x.dtype))
+        return self.finish(positions.data, x, lam, noise, scale)
+
+
+def _spanning_tree(graph: MolecularGraph) -> tuple[Tensor, Tensor]:
+    """Parent of every atom, and the 0/1 matrix of which atoms lie on its path to the root."""
+    near = graph.neighbours()
+    parent = list(range(graph.n_atoms))
+    path = np.zeros((graph.n_atoms, graph.n_atoms))
+    seen: set[int] = set()
+    for root in range(graph.n_atoms):
+        queue = [root] if root not in seen else []
+        seen.add(root)
+        while queue:
+            atom = queue.pop(0)
+            for k in near[atom]:
+                if k not in seen:
+                    seen.add(k)
+                    parent[k] = atom
+                    path[k] = path[atom]
+                    path[k, k] = 1.0
+                    queue.append(k)
+    return torch.tensor(parent), torch.tensor(path)
+
+
+class _PythonComputation:
+    """What PythonForce calls. Holds the evaluator, and evaluates derivatives on request."""
+
+    def __init__(self, evaluator: _Evaluator, prefix: str, periodic: bool, subset: bool) -> None:
+        self.evaluator = evaluator
+        self.prefix = prefix
+        self.periodic = periodic
+        self.subset = subset  # OpenMM hands over the subset's positions already
+
+    def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[Tensor, ...]:
+        e = self.evaluator
+        dtype = torch.float64 if e.double else torch.float32
+        values = state.getParameters()
+        x = torch.as_tensor(state.getPositions(asNumpy=True)._value, dtype=dtype)
+        if whole_system or not self.subset:
+            x = x[e.atoms]
+        if self.periodic:
+            vectors = state.getPeriodicBoxVectors(asNumpy=True)._value
+            x = e.whole(x, torch.as_tensor(np.array(vectors), dtype=dtype))
+        lam, noise, scale = (
+            torch.tensor([values[self.prefix + name]], dtype=dtype) for name in (LAMBDA, NOISE, SCALE)
+        )
+        with torch.no_grad():
+            return e.evaluate(x, lam, noise, scale)
+
+    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        energy, forces, _, _ = self.fields(state)
+        return float(energy), forces.numpy().astype(np.float64, copy=False)
+
+
+class DiffusionForce:
+    r"""A learned action as an OpenMM force.
+
+    .. math::
+
+        \text{add:}\quad U = c\, k_B T\, S(\alpha_t x, t, \lambda) \qquad
+        \text{operator:}\quad U = c\, k_B T\, [S(\alpha_t x, t, \lambda) - S(\alpha_t x, t, 0)]
+
+    ==========  =======================================  ===========================
+    symbol      code                                     unit
+    ==========  =======================================  ===========================
+    lambda      context parameter ``<prefix>lambda``     1, default 0
+    t           context parameter ``<prefix>noise``      1, default 0 (exactly clean)
+    c           context parameter ``<prefix>scale``      1, default 1
+    kT          of the artefact, at any simulation T     kJ/mol
+    ==========  =======================================  ===========================
+
+    The object IS an ``openmm.Force`` (TorchForce or PythonForce) in force group
+    ``constants.LEARNED_GROUP``: pass it to ``system.addForce``.
+
+    Parameters
+    ----------
+    path : path-like
+        Artefact written by :func:`openmm_diffforce.artefact.export_artefact`.
+    topology : openmm.app.Topology
+        Elements and bonds of the chosen atoms must be the artefact's, in its order. If it has box
+        vectors the force is periodic: molecules are made whole along bonds.
+    atoms : sequence of int, optional
+        The atoms the model acts on, in the artefact's order; default: all atoms of the topology.
+    mode : {"add", "operator"}
+        "add" the whole action; "operator" only its change with lambda, on top of a classical
+        base state.
+    temperature : float [K] or Quantity, optional
+        Simulation temperature, compared with the artefact's: a different one warns.
+    prefix : str
+        Of the context parameters, so that two learned forces can live in one System.
+    backend : {"auto", "torchforce", "python"}
+        "auto" takes TorchForce where openmm-torch imports, and PythonForce elsewhere.
+
+    Raises
+    ------
+    ModelError
+        If the artefact is unusable or belongs to another molecule.
+    InputError
+        If mode, backend, atoms or prefix are unusable.
+    MissingDependencyError
+        If ``backend="torchforce"`` and openmm-torch does not import.
+
+    Notes
+    -----
+    The temperature of the simulation is not known here: call :meth:`check` with the Context.
+    A System that holds a TorchForce must not be deserialized or copied; keep the System without
+    it and rebuild the force from :meth:`manifest`.
+    """
+
+    artefact: Artefact
+    backend: str
+    mode: str
+    prefix: str
+    atoms: np.ndarray
+
+    def __new__(cls, *args: Any, backend: str = "auto", **kwargs: Any) -> "DiffusionForce":
+        if cls is not DiffusionForce:
+            return super().__new__(cls)
+        return object.__new__(_backend_class(backend))
+
+    def _prepare(
+        self, path: str | os.PathLike[str], topology: app.Topology,
+        atoms: Sequence[int] | None, mode: str, temperature: Any, prefix: str,
+    ) -> tuple[_Evaluator, bool]:  # fmt: skip
+        if mode not in ("add", "operator"):
+            raise InputError(f'mode: expected "add" or "operator", found {mode!r}.')
+        if not isinstance(prefix, str) or not prefix:
+            raise InputError(f"prefix: expected a non-empty text, found {prefix!r}.")
+        if not isinstance(topology, app.Topology):
+            raise InputError(
+                f"topology: expected an openmm.app.Topology, found {type(topology).__name__}; "
+                "an mdtraj topology converts with .to_openmm()."
+            )
+        artefact = load_artefact(path)
+        if mode not in artefact.metadata["modes"]:
+            raise ModelError(
+                f"artefact {artefact.path}: has no operator (its action does not depend on "
+                'lambda); use mode="add", or fit and export a model with an operator.'
+            )
+        chosen = _matched_atoms(artefact, topology, atoms)
+        if temperature is not None:
+            kelvin = float(to_md(temperature, unit.kelvin, name="temperature"))
+            thermal_energy(kelvin)
+            if abs(kelvin - artefact.temperature) > TEMPERATURE_TOLERANCE:
+                warnings.warn(
+                    f"DiffusionForce: the model was trained at {artefact.temperature:g} K and will "
+                    f"be used at {kelvin:g} K; its energy stays kT_train * S.",
+                    stacklevel=4,
+                )
+        self.artefact, self.mode, self.prefix, self.atoms = artefact, mode, prefix, chosen
+        pair = mode == "operator" and hasattr(artefact.model, "increment_fields")
+        evaluator = (_PairEvaluator if pair else _Evaluator)(artefact, chosen, mode)
+        return evaluator, topology.getPeriodicBoxVectors() is not None
+
+    def parameter(self, name: str) -> str:
+        """Context parameter of ``"lambda"``, ``"noise"`` or ``"scale"``.
+
+        Raises
+        ------
+        InputError
+            If the name is another.
+        """
+        if name not in (LAMBDA, NOISE, SCALE):
+            raise InputError(f'parameter: expected "lambda", "noise" or "scale", found {name!r}.')
+        return self.prefix + name
+
+    def energy_derivative(self, context: openmm.Context) -> float:
+        """dE/dlambda of this force [kJ/mol] at the state of ``context``, exact."""
+        raise NotImplementedError
+
+    def check(self, context: openmm.Context) -> None:
+        """Hold the force against the simulation that it is in.
+
+        Raises
+        ------
+        IncompatibleSystemError
+            If the temperature differs from the training temperature at noise > 0, or, in mode
+            "add", constraints, virtual sites or massless particles lie among the model's atoms.
+        InputError
+            If lambda or noise is outside its range.
+
+        Warns
+        -----
+        UserWarning
+            If the temperature differs at noise = 0.
+        """
+        noise = context.getParameter(self.parameter(NOISE))
+        lam = context.getParameter(self.parameter(LAMBDA))
+        low, high = self.artefact.metadata["lambda_range"]
+        if not low <= lam <= high:
+            raise InputError(
+                f"{self.parameter(LAMBDA)}: expected a value in [{low:g}, {high:g}] (the range the "
+                f"model was fitted on), found {lam:g}."
+            )
+        if not 0 <= noise <= 1:
+            raise InputError(f"{self.parameter(NOISE)}: expected a value in [0, 1], found {noise:g}.")
+        integrator = context.getIntegrator()
+        if hasattr(integrator, "getTemperature"):
+            kelvin = integrator.getTemperature().value_in_unit(unit.kelvin)
+            if abs(kelvin - self.artefact.temperature) > TEMPERATURE_TOLERANCE:
+                message = (
+                    f"the integrator runs at {kelvin:g} K, the model was trained at "
+                    f"{self.artefact.temperature:g} K"
+                )
+                if noise > 0:
+                    raise IncompatibleSystemError(
+                        f"{message}; a noised action has a meaning at its own temperature only: "
+                        "set the integrator's temperature, or noise to 0."
+                    )
+                warnings.warn(f"{message}; its energy stays kT_train * S.", stacklevel=2)
+        if self.mode == "add":
+            self._check_singular(context.getSystem())
+
+    def _check_singular(self, system: openmm.System) -> None:
+        mine = {int(a) for a in self.atoms}
+        constrained = sum(
+            1 for k in range(system.getNumConstraints())
+            if mine & set(system.getConstraintParameters(k)[:2])
+        )  # fmt: skip
+        frozen = sum(
+            1 for a in mine
+            if system.isVirtualSite(a) or system.getParticleMass(a).value_in_unit(unit.dalton) == 0
+        )  # fmt: skip
+        if constrained or frozen:
+            raise IncompatibleSystemError(
+                f"a base action over constrained coordinates means nothing: found {constrained} "
+                f"constraints and {frozen} massless or virtual particles among the model's atoms; "
+                "build the System with constraints=None and rigidWater=False for them."
+            )
+
+    def manifest(self) -> dict[str, Any]:
+        """JSON-ready recipe that :func:`force_from_manifest` rebuilds the force from."""
+        return {
+            "manifest_version": MANIFEST_VERSION,
+            "artefact": str(self.artefact.path),
+            "sha256": self.artefact.sha256,
+            "atoms": [int(a) for a in self.atoms],
+            "mode": self.mode,
+            "prefix": self.prefix,
+            "backend": self.backend,
+        }
+
+
+def force_from_manifest(
+    manifest: dict[str, Any], topology: app.Topology, *, backend: str | None = None
+) -> DiffusionForce:
+    """Rebuild a force from :meth:`DiffusionForce.manifest`.
+
+    Parameters
+    ----------
+    manifest : dict
+    topology : openmm.app.Topology
+    backend : str, optional
+        Another backend than the manifest's.
+
+    Raises
+    ------
+    InputError
+        If the manifest is of another version or lacks an entry.
+    ModelError
+        If the artefact is not the one the manifest was written for.
+    """
+    if manifest.get("manifest_version") != MANIFEST_VERSION:
+        raise InputError(
+            f"manifest: expected version {MANIFEST_VERSION}, found "
+            f"{manifest.get('manifest_version')!r}; write it again with this version."
+        )
+    try:
+        force = DiffusionForce(
+            manifest["artefact"], topology=topology, atoms=manifest["atoms"],
+            mode=manifest["mode"], prefix=manifest["prefix"],
+            backend=backend or manifest["backend"],
+        )  # fmt: skip
+        expected = manifest["sha256"]
+    except KeyError as err:
+        raise InputError(f"manifest: lacks the entry {err}.") from err
+    if force.artefact.sha256 != expected:
+        raise ModelError(
+            f"artefact {manifest['artefact']}: expected SHA-256 {expected[:12]}..., found "
+            f"{force.artefact.sha256[:12]}...; it was exported anew since the manifest was written."
+        )
+    return force
+
+
+def available_backends() -> dict[str, str]:
+    """Backends of :class:`DiffusionForce`: ``"ok"``, or the sentence that says what is missing."""
+    out = {"python": "ok" if hasattr(openmm, "PythonForce") else "needs OpenMM 8.4 or newer"}
+    try:
+        import openmmtorch  # noqa: F401
+
+        out["torchforce"] = "ok"
+    except (ImportError, OSError) as err:
+        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+        out["torchforce"] = f"{reason}; pip install 'openmm-diffforce[torchforce]'"
+    return out
+
+
+def _matched_atoms(
+    artefact: Artefact, topology: app.Topology, atoms: Sequence[int] | None
+) -> np.ndarray:
+    """Check elements and bonds of the chosen atoms against the artefact."""
+    all_atoms = list(topology.atoms())
+    n = artefact.graph.n_atoms
+    chosen = np.arange(len(all_atoms)) if atoms is None else np.asarray(atoms)
+    if chosen.ndim != 1 or len(chosen) != n or not np.issubdtype(chosen.dtype, np.integer):
+        hint = "; pass atoms=[...] with the atoms that it acts on" if atoms is None else ""
+        raise ModelError(
+            f"atoms: expected the {n} atoms of the artefact, found {chosen.size}{hint}."
+        )
+    if len(set(chosen.tolist())) != n or chosen.min() < 0 or chosen.max() >= len(all_atoms):
+        raise InputError(f"atoms: expected different indices below {len(all_atoms)}, found {atoms}.")
+    for k, a in enumerate(chosen):
+        element = all_atoms[a].element
+        symbol = "none" if element is None else element.symbol
+        if symbol != artefact.graph.elements[k]:
+            raise ModelError(
+                f"atom {a} ({all_atoms[a].name}): expected element {artefact.graph.elements[k]} at "
+                f"place {k} of the artefact, found {symbol}; the order of atoms must be the "
+                "artefact's (diffforce inspect prints it)."
+            )
+    place = {int(a): k for k, a in enumerate(chosen)}
+    bonds = set()
+    for bond in topology.bonds():
+        i, j = bond[0].index, bond[1].index
+        if (i in place) != (j in place):
+            raise ModelError(
+                f"bond {i}-{j} crosses the boundary of the chosen atoms; the model acts on whole "
+                "molecules."
+            )
+        if i in place:
+            bonds.add(tuple(sorted((place[i], place[j]))))
+    if bonds != set(artefact.graph.bonds):
+        other = sorted(bonds ^ set(artefact.graph.bonds))[:5]
+        raise ModelError(
+            f"bonds: the topology and the artefact differ, first at {other} (places in the "
+            "artefact); it was trained on another molecule, or the topology lacks bonds."
+        )
+    return chosen.astype(np.int64)
+
+
+def _backend_class(backend: str) -> type[DiffusionForce]:
+    available = available_backends()
+    if backend == "auto":
+        backend = "torchforce" if available["torchforce"] == "ok" else "python"
+    if backend not in available:
+        raise InputError(f'backend: expected "auto", "torchforce" or "python", found {backend!r}.')
+    if available[backend] != "ok":
+        raise MissingDependencyError(f'backend "{backend}": {available[backend]}.')
+    return _torchforce_class() if backend == "torchforce" else _PythonDiffusionForce
+
+
+class _PythonDiffusionForce(DiffusionForce, openmm.PythonForce):
+    """DiffusionForce on OpenMM's PythonForce."""
+
+    backend = "python"
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, topology: app.Topology,
+        atoms: Sequence[int] | None = None, mode: str = "add", temperature: Any = None,
+        prefix: str = DEFAULT_PREFIX, backend: str = "auto",
+    ) -> None:  # fmt: skip
+        evaluator, periodic = self._prepare(path, topology, atoms, mode, temperature, prefix)
+        subset = atoms is not None
+        self._computation = _PythonComputation(evaluator, prefix, periodic, subset)
+        openmm.PythonForce.__init__(
+            self, self._computation, {prefix + LAMBDA: 0.0, prefix + NOISE: 0.0, prefix + SCALE: 1.0}
+        )
+        if subset:
+            self.setParticles([int(a) for a in self.atoms])
+        self.setUsesPeriodicBoundaryConditions(periodic)
+        self.setForceGroup(LEARNED_GROUP)
+        self.setName(f"DiffusionForce[{mode}]")
+
+    def energy_derivative(self, context: openmm.Context) -> float:
+        state = context.getState(positions=True, parameters=True)
+        return float(self._computation.fields(state, whole_system=True)[2])
+
+
+_TORCHFORCE_CLASS: type[DiffusionForce] | None = None
+
+
+def _torchforce_class() -> type[DiffusionForce]:
+    """The TorchForce backend, defined on first use because openmm-torch is optional."""
+    global _TORCHFORCE_CLASS
+    if _TORCHFORCE_CLASS is not None:
+        return _TORCHFORCE_CLASS
+    import openmmtorch
+
+    class _TorchDiffusionForce(DiffusionForce, openmmtorch.TorchForce):
+        """DiffusionForce on openmm-torch's TorchForce."""
+
+        backend = "torchforce"
+
+        def __init__(
+            self, path: str | os.PathLike[str], *, topology: app.Topology,
+            atoms: Sequence[int] | None = None, mode: str = "add", temperature: Any = None,
+            prefix: str = DEFAULT_PREFIX, backend: str = "auto",
+        ) -> None:  # fmt: skip
+            evaluator, periodic = self._prepare(path, topology, atoms, mode, temperature, prefix)
+            script = torch.jit.script(evaluator.eval())
+            wrapper = (_PeriodicModule if periodic else _OpenModule)(script)
+            openmmtorch.TorchForce.__init__(self, torch.jit.script(wrapper.eval()))
+            self.setOutputsForces(True)
+            for name, value in ((LAMBDA, 0.0), (NOISE, 0.0), (SCALE, 1.0)):
+                self.addGlobalParameter(prefix + name, value)
+            self.addEnergyParameterDerivative(prefix + LAMBDA)
+            self.addEnergyParameterDerivative(prefix + SCALE)
+            self.setUsesPeriodicBoundaryConditions(periodic)
+            self.setForceGroup(LEARNED_GROUP)
+            self.setName(f"DiffusionForce[{mode}]")
+
+        def energy_derivative(self, context: openmm.Context) -> float:
+            state = context.getState(parameterDerivatives=True, groups={self.getForceGroup()})
+            return float(state.getEnergyParameterDerivatives()[self.parameter(LAMBDA)])
+
+    _TORCHFORCE_CLASS = _TorchDiffusionForce
+    return _TORCHFORCE_CLASS
+
+
+def graph_from_topology(topology: app.Topology, atoms: Sequence[int] | None = None) -> MolecularGraph:
+    """Molecular graph of (a subset of) an OpenMM topology, bonds from the topology.
+
+    Raises
+    ------
+    InputError
+        If an atom has no element.
+    """
+    everything = list(topology.atoms())
+    chosen = range(len(everything)) if atoms is None else [int(a) for a in atoms]
+    place = {a: k for k, a in enumerate(chosen)}
+    elements = []
+    for a in chosen:
+        if everything[a].element is None:
+            raise InputError(f"atom {a} ({everything[a].name}): has no element in the topology.")
+        elements.append(everything[a].element.symbol)
+    bonds = [(place[b[0].index], place[b[1].index]) for b in topology.bonds()
+             if b[0].index in place and b[1].index in place]  # fmt: skip
+    return MolecularGraph(tuple(elements), tuple(bonds), tuple(everything[a].name for a in chosen))
+
+
+def save_manifest(manifest: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a manifest as JSON (temporary name, then renamed)."""
+    import json
+
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(manifest, indent=1))
+    os.replace(temporary, path)

@@ -1,0 +1,447 @@
+r"""Closed-form fits: score matching for the base action, regression for the noised operator.
+
+Base action, linear in its coefficients c, with features phi:
+
+.. math::
+
+    J_0(c) = \tfrac12 E|\nabla S|^2 - E[\nabla^2 S] \quad (t = 0,\ \text{implicit}), \qquad
+    J_t(c) = \tfrac12 E|\nabla S(y)|^2 - E[\nabla S(y) \cdot (y - x)/\sigma^2]
+    \quad (t > 0,\ \text{denoising})
+
+Both are the quadratic form ``c.A c/2 - b.c`` with ``A = E[grad phi . grad phi]``. The noised
+operator is the least-squares projection of O(x) on pair features of the noised frame,
+``O_{t,lam}(y) = E_lam[O(x) | y]``, at lam = 0 and lam = 1.
+
+The strength of the smoothness penalty is the only hyperparameter; it is chosen per noise level
+on held-out frames by the fit's own loss, never by a reference.
+
+References
+----------
+A. Hyvarinen, Estimation of non-normalized statistical models by score matching, JMLR 6 (2005).
+P. Vincent, A connection between score matching and denoising autoencoders, Neural Comput. 23
+(2011), doi:10.1162/NECO_a_00142.
+arXiv:2606.30687 (the noised operator as a conditional mean).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from . import ops
+from .errors import ConvergenceError, InputError
+from .models.graph import (
+    InternalCoordinates,
+    MolecularGraph,
+    internal_coordinates,
+    operator_pairs,
+)
+from .models.physics import BaseTables, OperatorTables, PhysicalModel, internal_values
+from .ops import TORSION
+from .schedule import NoiseSchedule
+
+DEFAULT_SIGMA_KNOTS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05)
+"""Noise levels at which the coefficients are fitted [nm]."""
+
+N_COEFS = {"bond": 8, "angle": 8, "torsion": 14, "improper": 12, "1-4": 10, "nonbonded": 14}
+"""Spline coefficients of the base action per class, by role of the coordinate."""
+
+OPERATOR_SPACING = 0.02
+"""Knot spacing of the pair operator's tables [nm]."""
+
+WALL_KT = 4.0
+"""Stiffness of the walls outside the data, in kT per squared knot spacing."""
+
+PENALTIES = tuple(10.0 ** np.arange(-6.0, 3.0))
+"""Smoothness penalties tried, relative to the mean diagonal of the normal matrix."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A fitted table and what the fit saw of itself.
+
+    Attributes
+    ----------
+    tables : BaseTables or OperatorTables
+    record : dict
+        Per noise level: penalty, held-out loss or R^2, frames, and CPU seconds; JSON-ready.
+    """
+
+    tables: Any
+    record: dict[str, Any]
+
+
+def check_frames(x: Any, n_atoms: int, *, name: str = "x") -> np.ndarray:
+    """Frames as a float64 array [n_frames, n_atoms, 3] nm, or one clear error.
+
+    Raises
+    ------
+    InputError
+        If the shape is another, there are no frames, or a coordinate is not finite.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim != 3 or x.shape[1:] != (n_atoms, 3) or len(x) == 0:
+        raise InputError(
+            f"{name}: expected coordinates of shape [n_frames >= 1, {n_atoms}, 3] in nm, "
+            f"found {list(x.shape)}."
+        )
+    if not np.isfinite(x).all():
+        bad = int(np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))[0])
+        raise InputError(f"{name}: frame {bad} has a coordinate that is not finite; remove it.")
+    return x
+
+
+def _check_knots(sigma_knots: Sequence[float]) -> np.ndarray:
+    knots = np.asarray(sigma_knots, dtype=float)
+    if knots.ndim != 1 or len(knots) < 2 or knots[0] != 0 or (np.diff(knots) <= 0).any():
+        raise InputError(
+            f"sigma_knots: expected increasing noise levels [nm] that start at 0, found {knots}."
+        )
+    return knots
+
+
+def _roughness(n: int, periodic: bool) -> np.ndarray:
+    """Squared second differences of n coefficients, as a matrix [n, n]."""
+    if periodic:
+        d = np.roll(np.eye(n), 1, 1) - 2 * np.eye(n) + np.roll(np.eye(n), -1, 1)
+    else:
+        d = np.diff(np.eye(n), 2, axis=0)
+    return d.T @ d
+
+
+def _best_penalty(
+    a_train: np.ndarray, b_train: np.ndarray, a_test: np.ndarray, b_test: np.ndarray,
+    penalty: np.ndarray, holdout: float, centre: np.ndarray | None = None,
+) -> tuple[np.ndarray, float, float]:  # fmt: skip
+    """Choose the penalty on held-out data, then refit on everything.
+
+    The matrices are means over frames, ``holdout`` the fraction of frames held out. Minimises ``c.A c/2 - b.c + mu/2 (c - centre).P (c - centre)``; returns the coefficients,
+    the chosen mu and the held-out loss.
+    """
+    scale = np.trace(a_train) / len(a_train)
+    if not np.isfinite(scale) or scale <= 0:
+        raise ConvergenceError(
+            "fit: the normal matrix is empty or not finite; are the frames all alike?"
+        )
+    offset = np.zeros(len(b_train)) if centre is None else centre
+
+    def solve(a: np.ndarray, b: np.ndarray, mu: float) -> np.ndarray:
+        p = mu * scale * penalty
+        try:
+            factor = scipy.linalg.cho_factor(a + p, lower=True, check_finite=False)
+        except scipy.linalg.LinAlgError as err:
+            raise ConvergenceError("fit: the normal equations are singular; give more frames.") from err
+        return scipy.linalg.cho_solve(factor, b + p @ offset, check_finite=False)
+
+    best = (np.inf, PENALTIES[0])
+    for mu in PENALTIES:
+        c = solve(a_train, b_train, mu)
+        loss = float(0.5 * c @ a_test @ c - b_test @ c)
+        if loss < best[0]:
+            best = (loss, mu)
+    if not np.isfinite(best[0]):
+        raise ConvergenceError("fit: no penalty gave a finite held-out loss; check the frames.")
+    both = (1 - holdout) * a_train + holdout * a_test, (1 - holdout) * b_train + holdout * b_test
+    return solve(*both, best[1]), best[1], best[0]
+
+
+def _blocks(n_frames: int, holdout: float) -> np.ndarray:
+    """True for held-out frames: the last contiguous fraction, so that time correlation stays out."""
+    test = np.zeros(n_frames, dtype=bool)
+    test[int(np.ceil(n_frames * (1 - holdout))):] = True  # fmt: skip
+    if test.all() or not test.any():
+        raise InputError(f"fit: expected at least 5 frames, found {n_frames}.")
+    return test
+
+
+def fit_base_action(
+    x: Any,
+    coordinates: InternalCoordinates,
+    *,
+    sigma_knots: Sequence[float] = DEFAULT_SIGMA_KNOTS,
+    generator: np.random.Generator,
+    n_draws: int = 4,
+    holdout: float = 0.2,
+) -> FitResult:
+    """Fit the base action to equilibrium snapshots, without energies or forces.
+
+    Implicit score matching at t = 0 (the Laplacian is the kernel's), denoising score matching at
+    every other noise level, with antithetic noise.
+
+    Parameters
+    ----------
+    x : float array [n_frames, n_atoms, 3]
+        Equilibrium frames of the base state [nm].
+    coordinates : InternalCoordinates
+    sigma_knots : sequence of float
+        Noise levels [nm], increasing from 0.
+    generator : numpy.random.Generator
+    n_draws : int
+        Antithetic pairs of noise per frame.
+    holdout : float
+        Contiguous fraction of frames on which the penalty is chosen.
+
+    Returns
+    -------
+    FitResult
+        With :class:`BaseTables`.
+
+    Raises
+    ------
+    InputError
+        If frames, knots or fractions are unusable.
+    ConvergenceError
+        If the normal equations cannot be solved.
+
+    Notes
+    -----
+    Deterministic for a given generator state. Frames are assumed to be drawn at equilibrium and
+    unconstrained; neither is checked here (``systems.py`` refuses constraints).
+    """
+    x = check_frames(x, int(coordinates.atoms.max()) + 1)
+    knots = _check_knots(sigma_knots)
+    test = _blocks(len(x), holdout)
+    started = time.process_time()
+    n_coefs = np.array([N_COEFS[r] for r in coordinates.role])
+    offsets = np.concatenate([[0], np.cumsum(n_coefs)]).astype(np.int64)
+    periodic = coordinates.kind == TORSION
+    penalty = scipy.linalg.block_diag(
+        *[_roughness(n, bool(p)) for n, p in zip(n_coefs, periodic, strict=True)]
+    ) + 1e-3 * np.eye(offsets[-1])  # the ridge fixes each spline's free constant
+    grid = np.empty((len(knots), coordinates.n_classes, 3))
+    coef = np.empty((len(knots), offsets[-1]))
+    levels = []
+    for m, sigma in enumerate(knots):
+        if sigma == 0:
+            y, target = x, np.zeros_like(x)
+            held = test
+        else:
+            noise = generator.standard_normal((n_draws, *x.shape))
+            noise = np.concatenate([noise, -noise])
+            y = (x + sigma * noise).reshape(-1, *x.shape[1:])
+            target = (noise / sigma).reshape(y.shape)
+            held = np.tile(test, 2 * n_draws)
+        grid[m] = _class_grid(y, coordinates, n_coefs)
+        sums = []
+        for part in (~held, held):
+            a, b, lap = ops.internal_normal(
+                *(torch.as_tensor(v) for v in (
+                    y[part], target[part], coordinates.atoms, coordinates.cls, coordinates.kind,
+                    grid[m], offsets,
+                ))
+            )  # fmt: skip
+            n = float(part.sum())
+            sums.append((a.numpy() / n, (lap if sigma == 0 else b).numpy() / n))
+        coef[m], mu, loss = _best_penalty(*sums[0], *sums[1], penalty, holdout)
+        levels.append({"sigma_nm": float(sigma), "penalty": float(mu), "held_out_loss": loss,
+                       "n_frames": len(y)})  # fmt: skip
+    tables = BaseTables(coordinates, knots, grid, offsets, coef)
+    return FitResult(tables, {"n_coefs": int(offsets[-1]), "levels": levels,
+                              "cpu_seconds": time.process_time() - started})  # fmt: skip
+
+
+def _class_grid(y: np.ndarray, coordinates: InternalCoordinates, n_coefs: np.ndarray) -> np.ndarray:
+    """(lo, spacing, wall) of every class: the range of the data, or the circle."""
+    q = internal_values(y, coordinates)
+    out = np.empty((coordinates.n_classes, 3))
+    for c in range(coordinates.n_classes):
+        if coordinates.kind[c] == TORSION:
+            out[c] = (-np.pi, 2 * np.pi / n_coefs[c], 0.0)
+            continue
+        values = q[:, coordinates.cls == c]
+        lo, hi = float(values.min()), float(values.max())
+        spacing = max(hi - lo, 1e-6) / (n_coefs[c] - 3)
+        out[c] = (lo, spacing, WALL_KT / spacing**2)
+    return out
+
+
+def _pair_design(
+    y: np.ndarray, tables: OperatorTables, first: np.ndarray, n_coefs: int
+) -> np.ndarray:
+    """Features of the pair operator [n_frames, n_types * n_coefs]."""
+    a_idx, b_idx = np.nonzero(tables.pair_type >= 0)
+    types = tables.pair_type[a_idx, b_idx]
+    r = np.linalg.norm(y[:, tables.sites[a_idx]] - y[:, tables.env[b_idx]], axis=-1)
+    u = (r - first[types]) / tables.r_grid[types, 1]
+    u = np.clip(u, 0.0, n_coefs - 3 - 1e-12)  # the grid spans the data; nothing is cut here
+    cell = u.astype(int)
+    w = u - cell
+    basis = ((1 - w) ** 3 / 6, (3 * w**3 - 6 * w**2 + 4) / 6,
+             (-3 * w**3 + 3 * w**2 + 3 * w + 1) / 6, w**3 / 6)  # fmt: skip
+    design = np.zeros((len(y), len(tables.table) * n_coefs))
+    rows = np.arange(len(y))[:, None]
+    for k, value in enumerate(basis):
+        np.add.at(design, (rows, types * n_coefs + cell + k), value)
+    return design
+
+
+def fit_operator(
+    x_0: Any, o_0: Any, x_1: Any, o_1: Any,
+    graph: MolecularGraph, sites: Sequence[int],
+    *,
+    sigma_knots: Sequence[float] = DEFAULT_SIGMA_KNOTS,
+    generator: np.random.Generator,
+    n_draws: int = 4,
+    holdout: float = 0.2,
+) -> FitResult:  # fmt: skip
+    """Fit the noised pair operator O_{t,lam}(y) = E_lam[O(x) | y] at lam = 0 and lam = 1.
+
+    At t = 0 the operator does not depend on lambda (linear mixing): both ends share one fit.
+    At t > 0 each end is fitted on its own noised frames, shrunk towards the level before.
+
+    Parameters
+    ----------
+    x_0, x_1 : float arrays [n_frames, n_atoms, 3]
+        Frames of both end states [nm].
+    o_0, o_1 : float arrays [n_frames]
+        O(x) = beta (U_1 - U_0) on the same frames [kT].
+    graph : MolecularGraph
+    sites : sequence of int
+        The perturbed atoms.
+    sigma_knots, generator, n_draws, holdout
+        As in :func:`fit_base_action`.
+
+    Returns
+    -------
+    FitResult
+        With :class:`OperatorTables`; the record has the held-out R^2 of O per level and end.
+
+    Raises
+    ------
+    InputError
+        If frames and operator values do not fit each other.
+    ConvergenceError
+        If the normal equations cannot be solved.
+    """
+    knots = _check_knots(sigma_knots)
+    frames, values = [], []
+    for end, (x, o) in enumerate(((x_0, o_0), (x_1, o_1))):
+        x = check_frames(x, graph.n_atoms, name=f"x_{end}")
+        o = np.asarray(o, dtype=float)
+        if o.shape != (len(x),) or not np.isfinite(o).all():
+            raise InputError(
+                f"o_{end}: expected {len(x)} finite operator values [kT], one per frame, "
+                f"found shape {list(o.shape)}."
+            )
+        frames.append(x)
+        values.append(o)
+    started = time.process_time()
+    env, pair_type, labels = operator_pairs(graph, sites)
+    a_idx, b_idx = np.nonzero(pair_type >= 0)
+    types = pair_type[a_idx, b_idx]
+    site_idx = np.asarray(sites, dtype=np.int64)
+
+    noised = []  # per level and end: frames and which row each came from
+    for sigma in knots:
+        for x in frames:
+            if sigma == 0:
+                noised.append((x, np.arange(len(x))))
+            else:
+                noise = generator.standard_normal((n_draws, *x.shape))
+                noise = np.concatenate([noise, -noise])
+                noised.append(((x + sigma * noise).reshape(-1, *x.shape[1:]),
+                               np.tile(np.arange(len(x)), 2 * n_draws)))  # fmt: skip
+    low = np.full(len(labels), np.inf)
+    high = np.zeros(len(labels))
+    for y, _ in noised:
+        r = np.linalg.norm(y[:, site_idx[a_idx]] - y[:, env[b_idx]], axis=-1)
+        np.minimum.at(low, types, r.min(axis=0))
+        np.maximum.at(high, types, r.max(axis=0))
+    n_coefs = int(np.ceil((high - low).max() / OPERATOR_SPACING)) + 3
+    spacing = (high - low) / (n_coefs - 3)
+    r_switch = float(1.25 * high.max())
+    table = np.zeros((len(labels), 2, len(knots), n_coefs))
+    tables = OperatorTables(
+        site_idx, env, pair_type, table, np.stack([low, spacing], axis=1),
+        np.array([0.0, 1.0]), knots, r_switch, r_switch + 0.2,
+    )  # fmt: skip
+    penalty = scipy.linalg.block_diag(*[_roughness(n_coefs, False)] * len(labels))
+    penalty += 1e-3 * np.eye(len(penalty))
+
+    def normal(level: int, end: int) -> list[tuple[np.ndarray, np.ndarray, float, int]]:
+        y, row = noised[2 * level + end]
+        test = _blocks(len(frames[end]), holdout)[row]
+        out = []
+        for part in (~test, test):
+            a = np.zeros((len(penalty), len(penalty)))
+            b = np.zeros(len(penalty))
+            target = values[end][row][part]
+            y_part = y[part]
+            for chunk in range(0, len(y_part), 4000):
+                design = _pair_design(y_part[chunk : chunk + 4000], tables, low, n_coefs)
+                a += design.T @ design
+                b += design.T @ target[chunk : chunk + 4000]
+            out.append((a, b, float(((target - target.mean()) ** 2).sum()), len(target)))
+        return out
+
+    levels = []
+    shape = (len(labels), n_coefs)
+    for m, sigma in enumerate(knots):
+        ends = [normal(m, 0), normal(m, 1)]
+        if m == 0:  # one operator for both ends
+            joint = [tuple(p + q for p, q in zip(ends[0][k], ends[1][k], strict=True)) for k in (0, 1)]
+            ends = [joint]  # type: ignore[list-item]
+        r2 = []
+        for end, (train, held) in enumerate(ends):
+            centre = None if m == 0 else table[:, end, m - 1].ravel()
+            n_train, n_test = train[3], held[3]
+            c, mu, loss = _best_penalty(
+                train[0] / n_train, train[1] / n_train, held[0] / n_test, held[1] / n_test,
+                penalty, holdout, centre,
+            )  # fmt: skip
+            for lam in (0, 1) if m == 0 else (end,):
+                table[:, lam, m] = c.reshape(shape)
+            r2.append({"penalty": float(mu), "held_out_loss": loss})
+        levels.append({"sigma_nm": float(sigma), "ends": r2})
+    return FitResult(tables, {"n_types": len(labels), "n_coefs": int(n_coefs), "levels": levels,
+                              "cpu_seconds": time.process_time() - started})  # fmt: skip
+
+
+def fit_physical_model(
+    x_0: Any, o_0: Any, x_1: Any, o_1: Any,
+    graph: MolecularGraph, sites: Sequence[int], schedule: NoiseSchedule,
+    *,
+    seed: int,
+    sigma_knots: Sequence[float] | None = None,
+    n_draws: int = 4,
+) -> tuple[PhysicalModel, dict[str, Any]]:  # fmt: skip
+    """Fit base action (on end 0) and noised operator (on both ends) and join them.
+
+    Parameters
+    ----------
+    x_0, o_0, x_1, o_1, graph, sites, n_draws
+        As in :func:`fit_operator`.
+    schedule : VESchedule or VPSchedule
+        The knots default to :data:`DEFAULT_SIGMA_KNOTS` stretched to its noise-to-signal range.
+    seed : int
+        Seed of the noise; kept in the record.
+
+    Returns
+    -------
+    model : PhysicalModel
+    record : dict
+        JSON-ready training record.
+
+    Raises
+    ------
+    InputError, ConvergenceError
+        As in the two fits.
+    """
+    if sigma_knots is None:
+        top = float(schedule.noise_to_signal(1.0))
+        sigma_knots = tuple(k * top / DEFAULT_SIGMA_KNOTS[-1] for k in DEFAULT_SIGMA_KNOTS)
+    generator = np.random.default_rng(seed)
+    base = fit_base_action(x_0, internal_coordinates(graph), sigma_knots=sigma_knots,
+                           generator=generator, n_draws=n_draws)  # fmt: skip
+    operator = fit_operator(x_0, o_0, x_1, o_1, graph, sites, sigma_knots=sigma_knots,
+                            generator=generator, n_draws=n_draws)  # fmt: skip
+    model = PhysicalModel(base.tables, operator.tables, schedule)
+    return model, {
+        "model": "PhysicalModel", "seed": int(seed), "n_draws": n_draws,
+        "n_frames": [len(x_0), len(x_1)], "sigma_knots_nm": [float(k) for k in sigma_knots],
+        "sites": [int(s) for s in sites], "base": base.record, "operator": operator.record,
+    }  # fmt: skip
