@@ -229,10 +229,10 @@ def fit_base_action(
         sums = []
         for part in (~held, held):
             a, b, lap = ops.internal_normal(
-                *(torch.as_tensor(v) for v in (
-                    y[part], target[part], coordinates.atoms, coordinates.cls, coordinates.kind,
-                    grid[m], offsets,
-                ))
+                torch.as_tensor(y[part]), torch.as_tensor(target[part]),
+                atoms=torch.as_tensor(coordinates.atoms), cls=torch.as_tensor(coordinates.cls),
+                kind=torch.as_tensor(coordinates.kind), grid=torch.as_tensor(grid[m]),
+                offsets=torch.as_tensor(offsets),
             )  # fmt: skip
             n = float(part.sum())
             sums.append((a.numpy() / n, (lap if sigma == 0 else b).numpy() / n))
