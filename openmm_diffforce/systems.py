@@ -479,6 +479,11 @@ def evaluate_frames(
     _check_system(system)
     x = check_frames(x_nad, system.getNumParticles())
     boxes = _check_box(box, len(x))
+    if derivative is not None and derivative not in declared_derivatives(system):
+        raise InputError(
+            "derivative: expected a context parameter with an energy derivative, one of "
+            f"{sorted(declared_derivatives(system))}, found {derivative!r}."
+        )
     context = _evaluation_context(system, platform)
     for key, value in (parameters or {}).items():
         set_parameter(context, key, value)
@@ -500,14 +505,21 @@ def evaluate_frames(
         if forces_nad is not None:
             forces_nad[i] = state.getForces(asNumpy=True)._value
         if slopes is not None:
-            found = dict(state.getEnergyParameterDerivatives())
-            if derivative not in found:
-                raise InputError(
-                    f"derivative: expected a context parameter with an energy derivative, one of "
-                    f"{sorted(found)}, found {derivative!r}."
-                )
-            slopes[i] = found[derivative]
+            slopes[i] = dict(state.getEnergyParameterDerivatives())[derivative]
     return energies, forces_nad, slopes
+
+
+def declared_derivatives(system: mm.System) -> set[str]:
+    """Context parameters that some force declares an energy derivative of.
+
+    OpenMM reports 0 for a parameter that no force declares: ask here first.
+    """
+    found: set[str] = set()
+    for force in system.getForces():
+        if hasattr(force, "getNumEnergyParameterDerivatives"):
+            for i in range(force.getNumEnergyParameterDerivatives()):
+                found.add(str(force.getEnergyParameterDerivativeName(i)))
+    return found
 
 
 def set_parameter(context: mm.Context, name: str, value: float) -> None:
