@@ -81,6 +81,7 @@ def load() -> None:
             f"ops: registering the operators with torch {torch.__version__} failed: {reason}; "
             "torch >= 2.9 is needed: `pip install 'torch>=2.9'`."
         )
+    _register_fakes()
     _LIBRARY = library
 
 
@@ -476,12 +477,187 @@ def reference_internal_normal(
     return matrix, vector, laplacian
 
 
+# ------------------------------------------------------------ autograd of the compiled operators
+
+# The operators themselves have no autograd entry: one registered from Python would cost every MD
+# step 10-20 us and the interpreter's lock. The doors below wrap them instead.
+
+
+def _call(op: str, *args: Any) -> Any:
+    """Run a compiled operator; what it finds wrong becomes an InputError."""
+    load()
+    try:
+        return getattr(torch.ops.diffforce, op)(*args)
+    except RuntimeError as err:
+        text = str(err).split("\nException raised from")[0]
+        if f"diffforce::{op}:" not in text:
+            raise
+        raise InputError(text[text.index(f"diffforce::{op}:") :]) from err
+
+
+def _no_third(ctx: Any, n_inputs: int) -> None:
+    if any(ctx.needs_input_grad[:n_inputs]):
+        raise InputError(
+            "ops: third derivatives of the compiled operators do not exist (the splines are "
+            "cubic); use the reference_ function of the same name."
+        )
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.contiguous()
+
+
+class _PairOperator(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _call("pair_operator", *inputs)
+        ctx.set_materialize_grads(False)
+        ctx.scalars = inputs[11:]
+        ctx.save_for_backward(*inputs[:11], *output[1:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g_value: Any, *g_rest: Any) -> Any:
+        *inputs, grad_x, d_sigma, d_lam = ctx.saved_tensors
+        out: list[Any] = [None, None, None]
+        if g_value is not None:
+            out = [g_value[:, None, None] * grad_x, g_value * d_sigma, g_value * d_lam]
+        if any(g is not None for g in g_rest):
+            v = [_or_zero(g, like) for g, like in zip(g_rest, inputs[:3], strict=True)]
+            h = _PairOperatorHvp.apply(*inputs[:3], *v, *inputs[3:], *ctx.scalars)
+            out = [b if a is None else a + b for a, b in zip(out, h, strict=True)]
+        return (*out, *(None,) * 11)
+
+
+class _PairOperatorHvp(torch.autograd.Function):
+    """Arguments x, sigma, lam, v_x, v_sigma, v_lam, then the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _call("pair_operator_hvp", *inputs[:3], *inputs[6:], *inputs[3:6])
+        ctx.set_materialize_grads(False)
+        ctx.scalars = inputs[14:]
+        ctx.save_for_backward(*inputs[:14])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *g_out: Any) -> Any:
+        _no_third(ctx, 3)
+        inputs = ctx.saved_tensors
+        v = [_or_zero(g, like) for g, like in zip(g_out, inputs[:3], strict=True)]
+        h = _PairOperatorHvp.apply(*inputs[:3], *v, *inputs[6:], *ctx.scalars)
+        return (None, None, None, *h, *(None,) * 11)
+
+
+class _InternalAction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _call("internal_action", *inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output[1:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g_value: Any, *g_rest: Any) -> Any:
+        *inputs, grad_x, d_sigma = ctx.saved_tensors
+        out: list[Any] = [None, None]
+        if g_value is not None:
+            out = [g_value[:, None, None] * grad_x, g_value * d_sigma]
+        if any(g is not None for g in g_rest):
+            v = [_or_zero(g, like) for g, like in zip(g_rest, inputs[:2], strict=True)]
+            h = _InternalActionHvp.apply(*inputs[:2], *v, *inputs[2:])
+            out = [b if a is None else a + b for a, b in zip(out, h, strict=True)]
+        return (*out, *(None,) * 7)
+
+
+class _InternalActionHvp(torch.autograd.Function):
+    """Arguments x, sigma, v_x, v_sigma, then the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _call("internal_action_hvp", *inputs[:2], *inputs[4:], *inputs[2:4])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *g_out: Any) -> Any:
+        _no_third(ctx, 2)
+        inputs = ctx.saved_tensors
+        v = [_or_zero(g, like) for g, like in zip(g_out, inputs[:2], strict=True)]
+        h = _InternalActionHvp.apply(*inputs[:2], *v, *inputs[4:])
+        return (None, None, *h, *(None,) * 7)
+
+
+def _register_fakes() -> None:
+    """Shapes of the results, so that torch.compile and make_fx see through the operators."""
+
+    def dense(like: Tensor) -> Tensor:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("diffforce::pair_operator")
+    def _pair(x: Tensor, sigma: Tensor, lam: Tensor, *args: Any) -> Any:
+        return tuple(dense(a) for a in (sigma, x, sigma, lam))
+
+    @torch.library.register_fake("diffforce::pair_operator_hvp")
+    def _pair_hvp(x: Tensor, sigma: Tensor, lam: Tensor, *args: Any) -> Any:
+        return tuple(dense(a) for a in (x, sigma, lam))
+
+    @torch.library.register_fake("diffforce::internal_action")
+    def _internal(x: Tensor, sigma: Tensor, *args: Any) -> Any:
+        return tuple(dense(a) for a in (sigma, x, sigma))
+
+    @torch.library.register_fake("diffforce::internal_action_hvp")
+    def _internal_hvp(x: Tensor, sigma: Tensor, *args: Any) -> Any:
+        return dense(x), dense(sigma)
+
+    @torch.library.register_fake("diffforce::internal_normal")
+    def _normal(x: Tensor, *args: Any, n_threads: int = 0) -> Any:
+        n = torch.library.get_ctx().new_dynamic_size()
+        return x.new_empty((n, n)), x.new_empty(n), x.new_empty(n)
+
+
 # ------------------------------------------------------------------ doors of the compiled operators
 
 
-def _ops() -> Any:
-    load()
-    return torch.ops.diffforce
+def _check_tensors(
+    op: str, variables: dict[str, Any], reals: dict[str, Any], indices: dict[str, Any]
+) -> None:
+    """Types, dtypes and devices; shapes and contents are checked by the operator itself."""
+    x = variables["x"]
+    for name, value in (variables | reals | indices).items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{op}: {name}: expected a torch.Tensor, found {type(value).__name__}."
+            )
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"{op}: x: expected float32 or float64, found {x.dtype}.")
+    for name, value in (variables | reals | indices).items():
+        dtype = torch.int64 if name in indices else x.dtype
+        if value.dtype != dtype:
+            raise InputError(
+                f"{op}: {name}: expected {dtype}{'' if name in indices else ' as x has'}, found "
+                f"{value.dtype}; convert it with .to({dtype})."
+            )
+        if value.device != x.device:
+            raise InputError(
+                f"{op}: {name}: expected device {x.device} as x has, found {value.device}; "
+                f"move it with .to({str(x.device)!r})."
+            )
+        if name not in variables and value.requires_grad:
+            raise InputError(
+                f"{op}: {name}: has requires_grad, but only {', '.join(variables)} are "
+                f"differentiated; use reference_{op}, or pass {name}.detach()."
+            )
+    if x.device.type == "cuda" and op == "pair_operator":
+        load()
+        if _LIBRARY is None or not _LIBRARY.diffforce_has_cuda():
+            raise MissingDependencyError(
+                f"{op}: x is on {x.device}, but the library was built without CUDA; build it with "
+                "`pip install . -C cmake.define.DIFFFORCE_CUDA=ON`, or move x to the CPU."
+            )
+    elif x.device.type not in ("cpu", "meta"):
+        raise InputError(f"{op}: x: expected a tensor on the CPU, found {x.device}.")
 
 
 def pair_operator(
@@ -501,10 +677,88 @@ def pair_operator(
     r_cutoff: float = -1.0,
     integrated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noised pair operator and its derivatives (compiled)."""
+    r"""Noised pair functions between sites A and environment B, with all first derivatives.
+
+    .. math:: O(x, \sigma, \lambda) = \sum_{a \in A, b \in B} s(r_{ab})
+              \sum_{l,m} h_l(\lambda)\, w_m(\sigma)\, f_{T(a,b),l,m}(r_{ab})
+
+    ====================== ==========================================================
+    :math:`r_{ab}`         distance, of nearest images where there is a box [nm]
+    :math:`f_{T,l,m}`      ``table[T, l, m]``, spline on ``r_grid[T]``
+    :math:`T(a,b)`         ``pair_type``
+    :math:`h_l, w_m`       lambda and noise weights, see the module
+    :math:`s`              quintic switch (C2) from ``r_switch`` to ``r_cutoff``
+    ====================== ==========================================================
+
+    Parameters
+    ----------
+    x : Tensor [F, N, 3]
+        Coordinates [nm], float32 or float64; all real tensors have its dtype and device.
+    sigma, lam : Tensor [F]
+        Noise level [nm] and alchemical coordinate of each frame.
+    sites, env : int64 Tensor [nA], [nB]
+        Atom indices.
+    pair_type : int64 Tensor [nA, nB]
+        Row of ``table``; -1 excludes the pair.
+    table : Tensor [T, L, M, R]
+        Spline coefficients, reduced (kT).
+    r_grid : Tensor [T, 2]
+        First knot and spacing [nm] of each type.
+    lam_knots, sigma_knots : Tensor [L], [M]
+        Knots; sigma in nm.
+    box : Tensor [F, 3, 3], optional
+        Box vectors [nm] in OpenMM's reduced form; asks for a cutoff of at most half the width.
+    r_switch, r_cutoff : float
+        [nm]; a cutoff that is not positive, or infinite, means none.
+    integrated : bool
+        Give the action increment S_lam - S_0 instead of the operator.
+
+    Returns
+    -------
+    value : Tensor [F]
+    grad_x : Tensor [F, N, 3]
+        [1/nm]
+    d_sigma : Tensor [F]
+        [1/nm]
+    d_lam : Tensor [F]
+
+    Raises
+    ------
+    InputError
+        Wrong type, shape, dtype or device; NaN or infinity; sigma or lambda outside their knots;
+        an index out of range; a box that is not reduced or too small; a real argument other than
+        x, sigma and lam that requires a gradient.
+    MissingDependencyError
+        The library is absent, or was built without CUDA and x is on a GPU.
+
+    Notes
+    -----
+    Differentiable twice in x, sigma and lam. Deterministic on the CPU; on a GPU the order of
+    summation varies, indices are not checked, and a frame out of range comes out as NaN.
+    Frames are shared out to threads (``DIFFFORCE_NUM_THREADS``, else ``OMP_NUM_THREADS``).
+    Lambda and noise interpolation is C0 at the knots: there, derivatives are those from above.
+
+    Examples
+    --------
+    >>> table = torch.ones(1, 1, 1, 8)                    # a constant function, 1 kT per pair
+    >>> args = dict(sites=torch.tensor([0]), env=torch.tensor([1, 2]),
+    ...             pair_type=torch.tensor([[0, 0]]), table=table,
+    ...             r_grid=torch.tensor([[0.2, 0.1]]), lam_knots=torch.zeros(1),
+    ...             sigma_knots=torch.zeros(1))
+    >>> x = torch.tensor([[[0.0, 0, 0], [0.3, 0, 0], [0, 0.4, 0]]])
+    >>> reference_pair_operator(x, torch.zeros(1), torch.zeros(1), **args)[0]
+    tensor([2.])
+    """
     box = x.new_empty(0) if box is None else box
-    return _ops().pair_operator(x, sigma, lam, box, sites, env, pair_type, table, r_grid,
-                                lam_knots, sigma_knots, r_switch, r_cutoff, integrated)  # fmt: skip
+    variables = {"x": x, "sigma": sigma, "lam": lam}
+    reals = {"box": box, "table": table, "r_grid": r_grid, "lam_knots": lam_knots,
+             "sigma_knots": sigma_knots}  # fmt: skip
+    indices = {"sites": sites, "env": env, "pair_type": pair_type}
+    _check_tensors("pair_operator", variables, reals, indices)
+    args = [x, sigma, lam, box, sites, env, pair_type, table, r_grid, lam_knots, sigma_knots]
+    if x.device.type == "cuda":
+        args = [a.contiguous() for a in args]
+    return _PairOperator.apply(*args, float(r_switch), float(r_cutoff), bool(integrated))
 
 
 def internal_action(
@@ -519,8 +773,75 @@ def internal_action(
     coef: Tensor,
     sigma_knots: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised action of internal coordinates and its derivatives (compiled)."""
-    return _ops().internal_action(x, sigma, atoms, cls, kind, grid, offsets, coef, sigma_knots)
+    r"""Noised action of bond lengths, angles, torsions and pair distances.
+
+    .. math:: S(x, \sigma) = \sum_m w_m(\sigma) \sum_i \Big[ f_{m,c(i)}(q_i(x))
+              + \tfrac{1}{2} k_{m,c(i)} (q_i - q_\mathrm{edge})^2 \Big]
+
+    ====================== ==========================================================
+    :math:`q_i`            internal coordinate of ``atoms[i]`` [nm or rad]
+    :math:`c(i)`           ``cls[i]``: instances of one class share a spline
+    :math:`f_{m,c}`        ``coef[m, offsets[c]:offsets[c+1]]`` on ``grid[m, c]``
+    :math:`k_{m,c}`        ``grid[m, c, 2]``, wall outside the domain only
+    :math:`w_m`            noise weights, see the module; knots of weight 0 are not read
+    ====================== ==========================================================
+
+    Parameters
+    ----------
+    x : Tensor [F, N, 3]
+        Coordinates [nm], float32 or float64; all real tensors have its dtype. No box.
+    sigma : Tensor [F]
+        Noise level of each frame [nm].
+    atoms : int64 Tensor [I, 4]
+        Atom indices, padded with -1.
+    cls : int64 Tensor [I]
+    kind : int64 Tensor [C]
+        2 distance, 3 angle, 4 torsion (periodic, IUPAC sign).
+    grid : Tensor [M, C, 3]
+        First knot, spacing, wall constant [kT/nm^2 or kT/rad^2] for each noise knot.
+    offsets : int64 Tensor [C+1]
+        Class c has the coefficients ``offsets[c]:offsets[c+1]``, at least 4.
+    coef : Tensor [M, K]
+        Spline coefficients [kT].
+    sigma_knots : Tensor [M]
+        [nm]
+
+    Returns
+    -------
+    value : Tensor [F]
+    grad_x : Tensor [F, N, 3]
+        [1/nm]
+    d_sigma : Tensor [F]
+        [1/nm]
+
+    Raises
+    ------
+    InputError
+        Wrong type, shape, dtype or device; NaN or infinity; sigma outside its knots; an index
+        out of range; coincident or collinear atoms; a real argument other than x and sigma that
+        requires a gradient.
+    MissingDependencyError
+        The library is absent.
+
+    Notes
+    -----
+    Differentiable twice in x and sigma; deterministic. Arithmetic is float64 inside.
+
+    Examples
+    --------
+    >>> args = dict(atoms=torch.tensor([[0, 1, -1, -1]]), cls=torch.tensor([0]),
+    ...             kind=torch.tensor([2]), grid=torch.tensor([[[0.1, 0.1, 0.0]]]),
+    ...             offsets=torch.tensor([0, 6]), coef=torch.arange(6.0)[None],
+    ...             sigma_knots=torch.zeros(1))
+    >>> x = torch.tensor([[[0.0, 0, 0], [0.25, 0, 0]]])
+    >>> reference_internal_action(x, torch.zeros(1), **args)[0]
+    tensor([2.5000])
+    """
+    variables = {"x": x, "sigma": sigma}
+    reals = {"grid": grid, "coef": coef, "sigma_knots": sigma_knots}
+    indices = {"atoms": atoms, "cls": cls, "kind": kind, "offsets": offsets}
+    _check_tensors("internal_action", variables, reals, indices)
+    return _InternalAction.apply(x, sigma, atoms, cls, kind, grid, offsets, coef, sigma_knots)
 
 
 def internal_normal(
@@ -534,5 +855,62 @@ def internal_normal(
     offsets: Tensor,
     n_threads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal equations of score matching in internal coordinates (compiled)."""
-    return _ops().internal_normal(x, target, atoms, cls, kind, grid, offsets, n_threads)
+    r"""Normal equations of score matching in the basis of :func:`internal_action`.
+
+    .. math:: A_{kl} = \sum_f \nabla\phi_k \cdot \nabla\phi_l, \quad
+              b_k = \sum_f \nabla\phi_k \cdot g_f, \quad
+              L_k = \sum_f \nabla^2 \phi_k
+
+    with :math:`\phi_k` the sum over the instances of its class of basis function k, continued
+    linearly outside the domain, and without wall. Denoising or force matching solves A c = b,
+    implicit score matching A c = L.
+
+    Parameters
+    ----------
+    x, target : float64 Tensor [F, N, 3]
+        Coordinates [nm] and the field to fit, g_f [1/nm].
+    atoms, cls, kind, offsets
+        As for :func:`internal_action`.
+    grid : float64 Tensor [C, 3]
+        Grid of one noise knot; the wall is not used.
+    n_threads : int
+        Threads over frames; 0 means ``DIFFFORCE_NUM_THREADS``, else ``OMP_NUM_THREADS``, else all
+        cores. Each holds a K x K matrix; the last bits of the sums depend on their number.
+
+    Returns
+    -------
+    A : float64 Tensor [K, K]
+    b : float64 Tensor [K]
+    L : float64 Tensor [K]
+
+    Raises
+    ------
+    InputError
+        As for :func:`internal_action`; float32 input; any argument that requires a gradient.
+    MissingDependencyError
+        The library is absent.
+
+    References
+    ----------
+    A. Hyvarinen, Estimation of non-normalized statistical models by score matching, 2005,
+    Journal of Machine Learning Research 6, 695-709.
+
+    Examples
+    --------
+    >>> args = dict(atoms=torch.tensor([[0, 1, -1, -1]]), cls=torch.tensor([0]),
+    ...             kind=torch.tensor([2]), offsets=torch.tensor([0, 4]),
+    ...             grid=torch.tensor([[0.1, 0.1, 0.0]], dtype=torch.float64))
+    >>> x = torch.tensor([[[0.0, 0, 0], [0.15, 0, 0]]], dtype=torch.float64)
+    >>> a, b, lap = reference_internal_normal(x, torch.zeros_like(x), **args)
+    >>> [round(float(v), 1) for v in a.diagonal()]
+    [3.1, 78.1, 78.1, 3.1]
+    """
+    reals = {"x": x, "target": target, "grid": grid}
+    indices = {"atoms": atoms, "cls": cls, "kind": kind, "offsets": offsets}
+    _check_tensors("internal_normal", {"x": x}, reals, indices)
+    if x.dtype != torch.float64 or x.requires_grad:
+        raise InputError(
+            f"internal_normal: x: expected float64 without requires_grad, found {x.dtype} with "
+            f"requires_grad={x.requires_grad}; pass x.detach().double()."
+        )
+    return _call("internal_normal", x, target, atoms, cls, kind, grid, offsets, int(n_threads))
