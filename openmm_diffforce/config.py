@@ -1,0 +1,354 @@
+"""Settings from YAML: every key is known, or the file is refused.
+
+Paths in a file are relative to the file.
+"""
+
+import difflib
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+_Model = TypeVar("_Model", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DemoSettings(Settings):
+    """How long the demonstration samples.
+
+    Steps are of ``timestep`` [ps]. The defaults take about five minutes on two cores.
+    """
+
+    seed: Seed = Field(default=1, description="every random number follows from it")
+    timestep: Positive = Field(default=0.001, description="ps")
+    friction: Positive = Field(default=1.0, description="1/ps")
+    n_frames: Count = Field(default=3000, ge=20, description="training frames per end state")
+    interval: Count = Field(default=500, description="steps between training frames")
+    n_equil: int = Field(default=20000, ge=0, description="steps thrown away before every run")
+    n_test: Count = Field(default=1000, ge=20, description="held-out frames per end state")
+    n_draws: Count = Field(
+        default=2, description="noise draws per frame and noise level in the fit"
+    )
+    sigma_max: Positive = Field(default=0.05, description="noise at t = 1 [nm]")
+    n_windows: Count = Field(default=11, ge=2, description="lambda windows")
+    window_frames: Count = Field(default=200, ge=20, description="frames per window")
+    window_interval: Count = Field(default=500, description="steps between frames of a window")
+    base_frames: Count = Field(
+        default=400, ge=20, description="frames of the run on the base action alone"
+    )
+    base_interval: Count = Field(default=500, description="steps between them")
+
+    @classmethod
+    def quick(cls, **changes: Any) -> "DemoSettings":
+        """Settings that exercise everything in well under a minute; their numbers mean little.
+
+        Examples
+        --------
+        >>> DemoSettings.quick(seed=3).n_windows
+        3
+        """
+        small = {
+            "n_frames": 200,
+            "interval": 100,
+            "n_equil": 2000,
+            "n_test": 100,
+            "n_draws": 1,
+            "n_windows": 3,
+            "window_frames": 60,
+            "window_interval": 100,
+            "base_frames": 50,
+            "base_interval": 50,
+        }
+        return cls(**{**small, **changes})
+
+
+class SystemSettings(Settings):
+    """Where the classical System comes from: exactly one of the three."""
+
+    alanine: Literal["F1", "Br3", "I3"] | None = Field(
+        default=None, description="alanine dipeptide in vacuum, one of the built-in perturbations"
+    )
+    end_states: tuple[Path, Path] | None = Field(
+        default=None, description="two System XML files of the same particles"
+    )
+    xml: Path | None = Field(
+        default=None, description="one System XML file with its own parameters"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "SystemSettings":
+        given = [n for n in ("alanine", "end_states", "xml") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"expected exactly one of alanine, end_states, xml, found {given or 'none'}"
+            )
+        return self
+
+
+class ForceSettings(Settings):
+    """A learned force to be added to the System."""
+
+    artefact: Path = Field(description="file written by export_artefact")
+    mode: Literal["add", "operator"] = "operator"
+    backend: Literal["auto", "torchforce", "python"] = "auto"
+    atoms: tuple[int, ...] | None = Field(
+        default=None, description="particles it acts on; all if absent"
+    )
+
+
+class StatesSettings(Settings):
+    """Evenly spread lambda states, ``lambda = (k/(n-1))^power``."""
+
+    n: Count = Field(default=11, ge=2)
+    power: Positive = 1.0
+
+
+class WindowsSettings(Settings):
+    """One run of lambda windows; :func:`window_arguments` turns it into arguments."""
+
+    system: SystemSettings
+    topology: Path | None = Field(
+        default=None, description="PDB file: topology and start; not with alanine"
+    )
+    restrain_phi: bool = Field(False, description="alanine only: keep phi out of C7ax")
+    force: ForceSettings | None = None
+    states: StatesSettings | list[dict[str, float]] = StatesSettings()
+    temperature: Positive = Field(default=300.0, description="K")
+    n_frames: Count = Field(description="frames per window")
+    interval: Count = Field(default=500, description="steps between frames")
+    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
+    timestep: Positive = Field(default=0.001, description="ps")
+    friction: Positive = Field(default=1.0, description="1/ps")
+    platform: str | None = Field(default=None, description="OpenMM platform; by size if absent")
+    seed: Seed = 0
+    minimize: bool = True
+    trajectory: Literal["dcd", "xtc"] | None = "dcd"
+    out_dir: Path
+
+    @model_validator(mode="after")
+    def _fits(self) -> "WindowsSettings":
+        if self.system.alanine is None and self.topology is None:
+            raise ValueError("expected topology (a PDB file) beside end_states or xml")
+        if self.system.alanine is not None and self.topology is not None:
+            raise ValueError("topology belongs to end_states or xml; alanine brings its own")
+        if self.system.alanine is None and self.restrain_phi:
+            raise ValueError("restrain_phi belongs to alanine")
+        if (
+            self.system.xml is not None
+            and isinstance(self.states, StatesSettings)
+            and not self.force
+        ):
+            raise ValueError(
+                "states: a System from xml has parameters of its own; list the states as "
+                "[{parameter: value}, ...]"
+            )
+        return self
+
+
+def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
+    """Read a YAML file into settings of one kind.
+
+    Parameters
+    ----------
+    path : path-like
+    kind : type
+        E.g. :class:`WindowsSettings`.
+
+    Returns
+    -------
+    Settings
+        Paths made absolute, relative to the file's folder.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is not YAML, or a key is unknown, missing or has a value that
+        is not allowed; the message names file, key and what is allowed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "demo.yaml"
+    ...     _ = file.write_text("seed: 7")
+    ...     load_settings(file, DemoSettings).seed
+    7
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise InputError(f"{path}: expected a readable YAML file, found {err.strerror}.") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: expected YAML, found {' '.join(str(err).split())}.") from err
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}.")
+    try:
+        settings = kind.model_validate(content)
+    except pydantic.ValidationError as err:
+        raise InputError(
+            "\n".join(f"{path}: {_advice(kind, e)}" for e in err.errors(include_url=False))
+        ) from err
+    return _absolute(settings, path.resolve().parent)
+
+
+def _advice(kind: type[BaseModel], error: Any) -> str:
+    """One pydantic error as: key, expected, found, and for unknown keys the nearest ones."""
+    loc = [str(part) for part in error["loc"] if not _is_union_tag(part)]
+    key = ".".join(loc) or "file"
+    if error["type"] == "extra_forbidden":
+        allowed = _keys_at(kind, list(error["loc"][:-1]))
+        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}."
+    if error["type"] == "missing":
+        return f"{key}: expected a value, found none; add this key."
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}."
+    message = error["msg"].removeprefix("Input should be ")
+    return f"{key}: expected {message}, found {error['input']!r}."
+
+
+def _is_union_tag(part: Any) -> bool:
+    # pydantic names the branch of a union in the location: "StatesSettings", "list[dict[...]]".
+    return isinstance(part, str) and (part.endswith("Settings") or "[" in part)
+
+
+def _keys_at(kind: type[BaseModel], loc: list[Any]) -> list[str]:
+    for part in loc:
+        if part not in kind.model_fields:
+            continue
+        for option in _options(kind.model_fields[part].annotation):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                kind = option
+    return list(kind.model_fields)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _absolute(settings: _Model, folder: Path) -> _Model:
+    changes: dict[str, Any] = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Path):
+            changes[name] = folder / value
+        elif isinstance(value, Settings):
+            changes[name] = _absolute(value, folder)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Path):
+            changes[name] = tuple(folder / v for v in value)
+    return settings.model_copy(update=changes)
+
+
+def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
+    """Build System, topology, states and the rest: keyword arguments of ``run_windows``.
+
+    Parameters
+    ----------
+    settings : WindowsSettings
+
+    Returns
+    -------
+    dict
+        ``run_windows(**window_arguments(settings))`` does the run.
+
+    Raises
+    ------
+    DiffForceError
+        If a file is missing or does not fit the others.
+    """
+    from openmm import unit
+
+    from .alanine import alanine_case
+    from .alchemy import EndStatePair, lambda_states
+
+    parameter = "lambda"
+    if settings.system.alanine is not None:
+        case = alanine_case(settings.system.alanine, restrain_phi=settings.restrain_phi)
+        topology, positions, pair = case.topology, case.positions, case.pair
+        system = case.system_0 if settings.force else pair.linear_system()
+    else:
+        pdb = _read_pdb(settings.topology)
+        topology = pdb.topology
+        positions = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        if settings.system.end_states is not None:
+            ends = [_read_system(p) for p in settings.system.end_states]
+            pair = EndStatePair(ends[0], ends[1], topology, settings.temperature)
+            system = ends[0] if settings.force else pair.linear_system()
+        else:
+            system = _read_system(settings.system.xml)
+    learned = None
+    if settings.force is not None:
+        from .force import DiffusionForce
+
+        learned = DiffusionForce(
+            settings.force.artefact,
+            topology=topology,
+            atoms=settings.force.atoms,
+            mode=settings.force.mode,
+            temperature=settings.temperature,
+            backend=settings.force.backend,
+        )
+        parameter = learned.parameter("lambda")
+        system.addForce(learned)
+    states = settings.states
+    if isinstance(states, StatesSettings):
+        states = lambda_states(states.n, states.power, parameter=parameter)
+    return {
+        "system": system,
+        "topology": topology,
+        "positions": positions,
+        "states": states,
+        "learned": learned,
+        **settings.model_dump(
+            include={
+                "temperature", "n_frames", "interval", "n_equil", "timestep", "friction",
+                "platform", "seed", "minimize", "trajectory", "out_dir",
+            }
+        ),
+    }  # fmt: skip
+
+
+def _read_pdb(path: Path | None) -> Any:
+    from openmm import app
+
+    try:
+        return app.PDBFile(str(path))
+    except (OSError, ValueError, KeyError, IndexError) as err:
+        raise InputError(f"{path}: expected a PDB file, found {err}.") from err
+
+
+def _read_system(path: Path | None) -> Any:
+    import openmm
+
+    assert path is not None
+    try:
+        system = openmm.XmlSerializer.deserialize(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise InputError(f"{path}: expected a readable System XML, found {err.strerror}.") from err
+    except (openmm.OpenMMException, ValueError) as err:
+        raise InputError(f"{path}: expected an OpenMM System as XML, found {err}.") from err
+    if not isinstance(system, openmm.System):
+        raise InputError(f"{path}: expected a System, found a {type(system).__name__}.")
+    return system
