@@ -1,0 +1,892 @@
+"""Free-energy differences from window tables: MBAR, BAR, TI, and the correction of learned ends.
+
+Overlap is computed first. Below the gate the estimators are refused, because BAR and MBAR return
+confident wrong numbers on ensembles that do not meet. Nothing here needs OpenMM's dynamics.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.optimize import brentq
+from scipy.special import expit, log_expit, logsumexp
+
+from .errors import ConvergenceError, InputError, PoorOverlapError, UnitsError
+from .units import KJ_PER_KCAL, thermal_energy
+
+FloatArray = npt.NDArray[np.float64]
+
+MIN_OVERLAP = 0.03
+"""Gate on the overlap of neighbouring states (an MBAR overlap matrix element, at most 1/2 for two
+states) and on the overlap A of an end correction (at most 1)."""
+
+MIN_SAMPLES = 10
+"""Decorrelated frames per state below which error estimates mean nothing."""
+
+ENERGY_UNITS = ("kT", "kJ/mol", "kcal/mol")
+
+
+def convert_energy(value: Any, energy_unit: str, *, temperature: Any) -> Any:
+    """Convert kT to ``"kT"``, ``"kJ/mol"`` or ``"kcal/mol"``.
+
+    Raises
+    ------
+    UnitsError
+        For another unit, or a temperature that is none.
+
+    Examples
+    --------
+    >>> round(convert_energy(1.0, "kJ/mol", temperature=300.0), 4)
+    2.4943
+    """
+    if energy_unit not in ENERGY_UNITS:
+        raise UnitsError(f"energy_unit: expected one of {ENERGY_UNITS}, found {energy_unit!r}.")
+    factor = {"kT": 1.0, "kJ/mol": 1.0, "kcal/mol": 1.0 / KJ_PER_KCAL}[energy_unit]
+    return value * (factor if energy_unit == "kT" else factor * thermal_energy(temperature))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number with its standard error.
+
+    Attributes
+    ----------
+    method : str
+    delta_f, d_delta_f : float
+        f(last state) - f(first state) and its standard error [kT].
+    temperature : float
+        [K].
+    """
+
+    method: str
+    delta_f: float
+    d_delta_f: float
+    temperature: float
+
+    def to(self, energy_unit: str) -> tuple[float, float]:
+        """Value and standard error in ``"kT"``, ``"kJ/mol"`` or ``"kcal/mol"``."""
+        value, error = (
+            convert_energy(v, energy_unit, temperature=self.temperature)
+            for v in (self.delta_f, self.d_delta_f)
+        )
+        return float(value), float(error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: method, and value and error in each unit."""
+        return {
+            "method": self.method,
+            **{u: dict(zip(("value", "error"), self.to(u), strict=True)) for u in ENERGY_UNITS},
+        }
+
+    def __str__(self) -> str:
+        return f"{self.method}: {self.delta_f:.3f} +- {self.d_delta_f:.3f} kT"
+
+
+@dataclass(frozen=True)
+class FreeEnergyEstimate:
+    """What :func:`estimate` returns.
+
+    Attributes
+    ----------
+    temperature : float
+        [K].
+    states : tuple
+        Lambda (or tuple of lambdas) of each sampled state, in the order of the columns.
+    estimates : dict of str to Estimate
+        ``"MBAR"``, ``"BAR"`` and, where dHdl was given, ``"TI"``.
+    f_k, d_f_k : numpy.ndarray, shape (n_states,)
+        MBAR's f of each state relative to the first, and its error [kT].
+    overlap : numpy.ndarray, shape (n_states, n_states)
+        MBAR overlap matrix; rows sum to 1.
+    neighbour_overlap : numpy.ndarray, shape (n_states - 1,)
+        Its smaller element next to the diagonal: what the gate looks at.
+    n_frames, n_decorrelated : numpy.ndarray, shape (n_states,)
+        Frames given, and used.
+    inefficiency : numpy.ndarray, shape (n_states,)
+        Statistical inefficiency g.
+    n_effective : numpy.ndarray, shape (n_states,)
+        MBAR's effective sample number of each state.
+    dhdl, d_dhdl : numpy.ndarray or None, shape (n_states, n_parameters)
+        Mean dH/dlambda and its error [kT].
+    """
+
+    temperature: float
+    states: tuple[Any, ...]
+    estimates: dict[str, Estimate]
+    f_k: FloatArray
+    d_f_k: FloatArray
+    overlap: FloatArray
+    neighbour_overlap: FloatArray
+    n_frames: npt.NDArray[np.int64]
+    n_decorrelated: npt.NDArray[np.int64]
+    inefficiency: FloatArray
+    n_effective: FloatArray
+    dhdl: FloatArray | None = None
+    d_dhdl: FloatArray | None = None
+
+    @property
+    def delta_f(self) -> float:
+        """MBAR's Delta f [kT]."""
+        return self.estimates["MBAR"].delta_f
+
+    @property
+    def d_delta_f(self) -> float:
+        """Its standard error [kT]."""
+        return self.estimates["MBAR"].d_delta_f
+
+    @property
+    def min_overlap(self) -> float:
+        """Smallest overlap of neighbouring states."""
+        return float(self.neighbour_overlap.min())
+
+    def to(self, energy_unit: str) -> tuple[float, float]:
+        """MBAR's value and error in ``"kT"``, ``"kJ/mol"`` or ``"kcal/mol"``."""
+        return self.estimates["MBAR"].to(energy_unit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        arrays = (
+            "f_k", "d_f_k", "overlap", "neighbour_overlap", "n_frames", "n_decorrelated",
+            "inefficiency", "n_effective", "dhdl", "d_dhdl",
+        )  # fmt: skip
+        return {
+            "temperature": self.temperature,
+            "states": [list(s) if isinstance(s, tuple) else s for s in self.states],
+            "estimates": {k: v.to_dict() for k, v in self.estimates.items()},
+            "min_overlap": self.min_overlap,
+            **{
+                name: None if getattr(self, name) is None else getattr(self, name).tolist()
+                for name in arrays
+            },
+        }
+
+
+@dataclass(frozen=True)
+class BarResult:
+    """BAR between two ensembles, with the overlap that judges it.
+
+    Attributes
+    ----------
+    delta_f, d_delta_f : float
+        f_1 - f_0 and its standard error [kT].
+    overlap, d_overlap : float
+        A = int 2 p0 p1 / (p0 + p1), in [0, 1], and its standard error.
+    n_forward, n_reverse : int
+        Decorrelated samples used.
+    """
+
+    delta_f: float
+    d_delta_f: float
+    overlap: float
+    d_overlap: float
+    n_forward: int
+    n_reverse: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {k: getattr(self, k) for k in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class EndCorrection:
+    """Delta f of the classical end states from windows between the learned ones.
+
+    Attributes
+    ----------
+    learned : Estimate
+        Delta f between the learned ends.
+    correction_0, correction_1 : BarResult or None
+        Learned -> classical at each end; None where the learned end IS the classical one.
+    corrected : Estimate
+        ``learned + correction_1 - correction_0``: the force field's own Delta f.
+    """
+
+    learned: Estimate
+    correction_0: BarResult | None
+    correction_1: BarResult | None
+    corrected: Estimate
+
+    @property
+    def min_overlap(self) -> float:
+        """Smaller overlap of the two ends (1 where no correction was needed)."""
+        ends = (self.correction_0, self.correction_1)
+        return min((c.overlap for c in ends if c is not None), default=1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "learned": self.learned.to_dict(),
+            "correction_0": self.correction_0.to_dict() if self.correction_0 else None,
+            "correction_1": self.correction_1.to_dict() if self.correction_1 else None,
+            "corrected": self.corrected.to_dict(),
+            "min_overlap": self.min_overlap,
+        }
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A checked u_nk: rows sorted by state, then time."""
+
+    frame: pd.DataFrame
+    state: npt.NDArray[np.int64] = field(repr=False)  # column of each row's state
+
+    def rows(self, k: int) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(self.state == k)
+
+
+def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read a ``u_nk`` or ``dHdl`` parquet file with its attrs.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    UnitsError
+        If it does not say its temperature and energy unit.
+    """
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path}: expected a parquet table, found {err}.") from err
+    columns = list(table.columns)
+    if columns and all(isinstance(c, str) and c.startswith("(") for c in columns):
+        try:
+            tuples = [
+                tuple(float(v.strip(" '\"")) for v in c.strip("()").split(",")) for c in columns
+            ]
+        except ValueError as err:
+            raise InputError(f"{path}: expected lambdas as columns, found {columns}.") from err
+        table.columns = pd.Index(tuples, tupleize_cols=False)
+    _check_attrs(table, str(path))
+    return table
+
+
+def _check_attrs(table: pd.DataFrame, name: str) -> float:
+    missing = [key for key in ("temperature", "energy_unit") if key not in table.attrs]
+    if missing:
+        raise UnitsError(
+            f"{name}: expected attrs temperature and energy_unit, found none of {missing}; set "
+            "table.attrs as alchemlyb does."
+        )
+    if table.attrs["energy_unit"] != "kT":
+        raise UnitsError(
+            f"{name}: expected energy_unit 'kT', found {table.attrs['energy_unit']!r}; convert it "
+            "with alchemlyb.postprocessors.units.to_kT."
+        )
+    thermal_energy(table.attrs["temperature"])
+    return float(table.attrs["temperature"])
+
+
+def combine_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Concatenate tables of one kind, refusing those that do not belong together.
+
+    Raises
+    ------
+    InputError
+        If there are none, or their columns or index levels differ.
+    UnitsError
+        If their attrs differ or are missing.
+    """
+    if len(tables) == 0:
+        raise InputError("tables: expected at least one, found none.")
+    first = tables[0]
+    for i, table in enumerate(tables):
+        _check_attrs(table, f"table {i}")
+        if table.attrs != first.attrs:
+            raise UnitsError(
+                f"tables: expected equal attrs, found {first.attrs} and {table.attrs} (table {i}); "
+                "samples of different temperature or unit cannot be mixed."
+            )
+        if list(table.columns) != list(first.columns) or table.index.names != first.index.names:
+            raise InputError(
+                f"tables: expected the states {list(first.columns)} everywhere, found "
+                f"{list(table.columns)} in table {i}; evaluate all frames in all states."
+            )
+    out = pd.concat(list(tables))
+    out.attrs = dict(first.attrs)
+    return out
+
+
+def _check_u_nk(u_nk: Any, name: str = "u_nk") -> _Table:
+    if not isinstance(u_nk, pd.DataFrame):
+        raise InputError(f"{name}: expected a pandas.DataFrame, found {type(u_nk).__name__}.")
+    _check_attrs(u_nk, name)
+    if u_nk.index.nlevels < 2 or u_nk.index.names[0] != "time":
+        raise InputError(
+            f"{name}: expected alchemlyb's index (time, lambda, ...), found {u_nk.index.names}."
+        )
+    if len(u_nk) == 0 or len(u_nk.columns) < 2:
+        raise InputError(f"{name}: expected frames in at least two states, found {u_nk.shape}.")
+    values = u_nk.to_numpy(dtype=np.float64)
+    if not np.isfinite(values).all():
+        n, k = np.argwhere(~np.isfinite(values))[0]
+        raise InputError(
+            f"{name}: expected finite reduced potentials, found {values[n, k]} in row {n}, state "
+            f"{u_nk.columns[k]}."
+        )
+    column = {c: i for i, c in enumerate(u_nk.columns)}
+    if len(column) != len(u_nk.columns):
+        raise InputError(f"{name}: expected different states as columns, found a repeated one.")
+    keys = [i[1:] if len(i) > 2 else i[1] for i in u_nk.index]
+    try:
+        state = np.array([column[k] for k in keys], dtype=np.int64)
+    except KeyError as err:
+        raise InputError(
+            f"{name}: expected a column for every sampled state, found none for {err}."
+        ) from err
+    times = u_nk.index.get_level_values(0).to_numpy(dtype=np.float64)
+    order = np.lexsort((times, state))
+    table = u_nk.iloc[order]
+    table.attrs = dict(u_nk.attrs)
+    return _Table(frame=table, state=state[order])
+
+
+def statistical_inefficiency(series: FloatArray) -> float:
+    """g >= 1 of a time series by pymbar; 1 where nothing varies.
+
+    Examples
+    --------
+    >>> statistical_inefficiency(np.zeros(10))
+    1.0
+    """
+    from pymbar import timeseries
+
+    a = np.asarray(series, dtype=np.float64)
+    if len(a) < 4 or np.ptp(a) <= 1e-10 * max(1.0, abs(a).max()):
+        return 1.0
+    return float(timeseries.statistical_inefficiency(a))
+
+
+def _decorrelated_rows(
+    table: _Table, sampled: list[int], dhdl: FloatArray | None, decorrelate: bool
+) -> tuple[list[npt.NDArray[np.int64]], FloatArray]:
+    """Rows kept of each sampled state, and its g: the slowest of the differences that are used."""
+    u = table.frame.to_numpy(dtype=np.float64)
+    rows, inefficiency = [], []
+    for position, k in enumerate(sampled):
+        idx = table.rows(k)
+        neighbours = [sampled[j] for j in (position - 1, position + 1) if 0 <= j < len(sampled)]
+        g = 1.0
+        if decorrelate:
+            series = [u[idx, j] - u[idx, k] for j in neighbours]
+            if dhdl is not None:
+                series += list(dhdl[idx].T)
+            g = max(statistical_inefficiency(s) for s in series)
+        # Evenly spread indices at a spacing of g, which need not be an integer.
+        n_kept = max(1, math.floor((len(idx) - 1) / g) + 1)
+        kept = np.unique(np.floor(np.arange(n_kept) * g).astype(np.int64))
+        rows.append(idx[kept])
+        inefficiency.append(g)
+    return rows, np.array(inefficiency)
+
+
+def estimate(
+    u_nk: pd.DataFrame,
+    dHdl: pd.DataFrame | None = None,
+    *,
+    decorrelate: bool = True,
+    min_overlap: float = MIN_OVERLAP,
+    min_samples: int = MIN_SAMPLES,
+) -> FreeEnergyEstimate:
+    r"""Delta f between the first and the last state by MBAR, BAR and TI.
+
+    The MBAR overlap matrix
+    :math:`O_{ij} = \sum_n N_j W_{ni} W_{nj}` is looked at before anything is returned.
+
+    Parameters
+    ----------
+    u_nk : pandas.DataFrame
+        Reduced potentials [kT], alchemlyb standard form with attrs.
+    dHdl : pandas.DataFrame, optional
+        Reduced dH/dlambda [kT] of the same frames; gives TI (trapezoid rule: its error does not
+        hold the error of the rule).
+    decorrelate : bool
+        Subsample each state by the slowest statistical inefficiency of the energy differences to
+        its neighbours and of dH/dlambda. Without it errors are too small.
+    min_overlap : float
+        Gate on neighbouring states; 0 insists on numbers without it.
+    min_samples : int
+        Decorrelated frames that every state must have.
+
+    Returns
+    -------
+    FreeEnergyEstimate
+
+    Raises
+    ------
+    PoorOverlapError
+        If two neighbouring states overlap less than ``min_overlap``.
+    ConvergenceError
+        If a state has too few decorrelated frames, or MBAR does not converge.
+    InputError, UnitsError
+        If the tables are malformed, or do not belong together.
+
+    Notes
+    -----
+    BAR's error includes the covariance of neighbouring pairs, which share a window. All errors
+    are one standard error and see only what the windows visited.
+
+    References
+    ----------
+    M. R. Shirts, J. D. Chodera, Statistically optimal analysis of samples from multiple
+    equilibrium states, 2008, doi:10.1063/1.2978177.
+    P. V. Klimovich, M. R. Shirts, D. L. Mobley, Guidelines for the analysis of free energy
+    calculations, 2015, doi:10.1007/s10822-015-9840-9 (the overlap matrix and its 0.03).
+    """
+    table = _check_u_nk(u_nk)
+    temperature = _check_attrs(u_nk, "u_nk")
+    sampled = sorted({int(k) for k in table.state})
+    if len(sampled) < 2:
+        raise InputError("u_nk: expected samples of at least two states, found one.")
+    slopes = _check_dhdl(dHdl, u_nk, table)
+    rows, inefficiency = _decorrelated_rows(table, sampled, slopes, decorrelate)
+    columns = [table.frame.columns[k] for k in sampled]
+    n_kept = np.array([len(r) for r in rows])
+    if n_kept.min() < min_samples:
+        k = int(n_kept.argmin())
+        raise ConvergenceError(
+            f"state {columns[k]}: expected at least {min_samples} decorrelated frames, found "
+            f"{n_kept[k]} of {len(table.rows(sampled[k]))} (g = {inefficiency[k]:.1f}); run longer "
+            "windows."
+        )
+    frame = table.frame.iloc[np.concatenate(rows)][columns]
+    frame.attrs = dict(u_nk.attrs)
+    mbar = _fit_mbar(frame.to_numpy(dtype=np.float64).T, n_kept)
+    overlap = np.asarray(mbar.compute_overlap()["matrix"], dtype=np.float64)
+    neighbour = np.minimum(np.diag(overlap, 1), np.diag(overlap, -1))
+    if not neighbour.min() >= min_overlap:
+        k = int(neighbour.argmin())
+        raise PoorOverlapError(
+            f"states {columns[k]} and {columns[k + 1]}: expected an overlap of at least "
+            f"{min_overlap:g}, found {neighbour[k]:.2e}; add states between them, or run longer. "
+            "(min_overlap=0 returns the numbers all the same; do not trust them.)"
+        )
+    result = mbar.compute_free_energy_differences()
+    f_k, d_f_k = result["Delta_f"][0], result["dDelta_f"][0]
+    bar_value = 0.0
+    u = frame.to_numpy(dtype=np.float64)
+    bounds = np.concatenate([[0], np.cumsum(n_kept)])
+    # Neighbouring pairs share a window: their errors are added sample by sample.
+    influence = np.zeros(len(u))
+    for k in range(len(columns) - 1):
+        here, there = slice(*bounds[k : k + 2]), slice(*bounds[k + 1 : k + 3])
+        w_f, w_r = u[here, k + 1] - u[here, k], u[there, k] - u[there, k + 1]
+        one = _bar(w_f, w_r)
+        bar_value += one.delta_f
+        forward, reverse = _bar_influence(w_f, w_r, one.delta_f)
+        influence[here] += forward
+        influence[there] += reverse
+    estimates = {
+        "MBAR": Estimate("MBAR", float(f_k[-1]), float(d_f_k[-1]), temperature),
+        "BAR": Estimate(
+            "BAR",
+            bar_value,
+            math.sqrt(float((influence**2).sum())),
+            temperature,
+        ),
+    }
+    means = errors = None
+    if slopes is not None:
+        parts = [slopes[r] for r in rows]
+        means = np.array([p.mean(axis=0) for p in parts])
+        errors = np.array([p.std(axis=0, ddof=1) / math.sqrt(len(p)) for p in parts])
+        # Along the order of the columns: alchemlyb's TI sorts by lambda, which need not be the
+        # path when there are several.
+        lam = np.array([c if isinstance(c, tuple) else (c,) for c in columns], dtype=np.float64)
+        step = np.diff(lam, axis=0)
+        weight = 0.5 * (np.pad(step, ((1, 0), (0, 0))) + np.pad(step, ((0, 1), (0, 0))))
+        estimates["TI"] = Estimate(
+            "TI",
+            float((weight * means).sum()),
+            math.sqrt(float((weight**2 * errors**2).sum())),
+            temperature,
+        )
+    return FreeEnergyEstimate(
+        temperature=temperature,
+        states=tuple(columns),
+        estimates=estimates,
+        f_k=np.asarray(f_k),
+        d_f_k=np.asarray(d_f_k),
+        overlap=overlap,
+        neighbour_overlap=neighbour,
+        n_frames=np.array([len(table.rows(k)) for k in sampled]),
+        n_decorrelated=n_kept,
+        inefficiency=inefficiency,
+        n_effective=np.asarray(mbar.compute_effective_sample_number()),
+        dhdl=means,
+        d_dhdl=errors,
+    )
+
+
+def _check_dhdl(dhdl: pd.DataFrame | None, u_nk: pd.DataFrame, table: _Table) -> FloatArray | None:
+    """Rows of dHdl in the order of the sorted table."""
+    if dhdl is None:
+        return None
+    if not isinstance(dhdl, pd.DataFrame):
+        raise InputError(f"dHdl: expected a pandas.DataFrame, found {type(dhdl).__name__}.")
+    _check_attrs(dhdl, "dHdl")
+    if dhdl.attrs != u_nk.attrs:
+        raise UnitsError(
+            f"dHdl: expected the attrs of u_nk, {u_nk.attrs}, found {dhdl.attrs}; they are of "
+            "different runs."
+        )
+    if len(dhdl) != len(u_nk) or not dhdl.index.equals(u_nk.index):
+        raise InputError(
+            f"dHdl: expected the frames of u_nk ({len(u_nk)}), found {len(dhdl)} with another "
+            "index; take both tables from one run."
+        )
+    values = dhdl.to_numpy(dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise InputError("dHdl: expected finite numbers, found NaN or infinity.")
+    if dhdl.shape[1] != u_nk.index.nlevels - 1:
+        raise InputError(
+            f"dHdl: expected {u_nk.index.nlevels - 1} columns, one per lambda, found "
+            f"{dhdl.shape[1]}."
+        )
+    keys = [i[1:] if len(i) > 2 else i[1] for i in u_nk.index]
+    column = {c: i for i, c in enumerate(u_nk.columns)}
+    state = np.array([column[k] for k in keys])
+    times = u_nk.index.get_level_values(0).to_numpy(dtype=np.float64)
+    return values[np.lexsort((times, state))]
+
+
+def _fit_mbar(u_kn: FloatArray, n_k: npt.NDArray[np.int64]) -> Any:
+    from pymbar import MBAR
+    from pymbar.utils import ConvergenceError as NotConverged
+    from pymbar.utils import ParameterError
+
+    # BAR along the chain is a start from which MBAR's solver does not get lost.
+    start = np.zeros(len(n_k))
+    bounds = np.concatenate([[0], np.cumsum(n_k)])
+    for k in range(len(n_k) - 1):
+        here, there = slice(*bounds[k : k + 2]), slice(*bounds[k + 1 : k + 3])
+        w_f = u_kn[k + 1, here] - u_kn[k, here]
+        w_r = u_kn[k, there] - u_kn[k + 1, there]
+        start[k + 1] = start[k] + _bar(w_f, w_r).delta_f
+    try:
+        return MBAR(u_kn, n_k, initial_f_k=start, solver_protocol="robust")
+    except (NotConverged, ParameterError, np.linalg.LinAlgError, FloatingPointError) as err:
+        raise ConvergenceError(
+            f"MBAR: expected a solution, found {err}; the states may not overlap at all: add "
+            "windows or run longer."
+        ) from err
+
+
+def _check_work(name: str, work: Any) -> FloatArray:
+    try:
+        w = np.asarray(work, dtype=np.float64)
+    except (TypeError, ValueError) as err:
+        raise InputError(f"{name}: expected numbers [kT], found {err}.") from err
+    if w.ndim != 1 or len(w) < 2 or not np.isfinite(w).all():
+        raise InputError(
+            f"{name}: expected at least two finite reduced works [kT] in one dimension, found "
+            f"shape {w.shape}" + ("." if np.isfinite(w).all() else " with NaN or infinity.")
+        )
+    return w
+
+
+def _subsample(series: FloatArray) -> FloatArray:
+    g = statistical_inefficiency(series)
+    n = max(1, math.floor((len(series) - 1) / g) + 1)
+    return series[np.unique(np.floor(np.arange(n) * g).astype(np.int64))]
+
+
+def _bar(w_forward: FloatArray, w_reverse: FloatArray) -> BarResult:
+    n_f, n_r = len(w_forward), len(w_reverse)
+    m = math.log(n_f / n_r)
+
+    def balance(delta_f: float) -> float:
+        # Logarithms of the two sums: no overflow however far the ensembles are apart.
+        left = logsumexp(log_expit(-(m + w_forward - delta_f)))
+        right = logsumexp(log_expit(-(-m + w_reverse + delta_f)))
+        return float(left - right)
+
+    # The balance rises strictly from -inf to inf; outside the works it has its sign.
+    low = min(w_forward.min(), (-w_reverse).min()) - abs(m) - 1.0
+    high = max(w_forward.max(), (-w_reverse).max()) + abs(m) + 1.0
+    while balance(low) > 0:
+        low -= 2.0 * (high - low)
+    while balance(high) < 0:
+        high += 2.0 * (high - low)
+    delta_f = float(brentq(balance, low, high, xtol=1e-12, rtol=1e-14))
+    forward, reverse = _bar_influence(w_forward, w_reverse, delta_f)
+    halves = 2 * expit(-(w_forward - delta_f)), 2 * expit(-(w_reverse + delta_f))
+    # p0 and p1 each give A; weights by size keep the better sampled end in charge.
+    overlap = (n_f * halves[0].mean() + n_r * halves[1].mean()) / (n_f + n_r)
+    d_overlap = math.sqrt(n_f * halves[0].var() + n_r * halves[1].var()) / (n_f + n_r)
+    return BarResult(
+        delta_f=delta_f,
+        d_delta_f=math.sqrt(float((forward**2).sum() + (reverse**2).sum())),
+        overlap=float(overlap),
+        d_overlap=float(d_overlap),
+        n_forward=n_f,
+        n_reverse=n_r,
+    )
+
+
+def _bar_influence(
+    w_forward: FloatArray, w_reverse: FloatArray, delta_f: float
+) -> tuple[FloatArray, FloatArray]:
+    """First-order effect of every sample on BAR's Delta f; their squares sum to its variance.
+
+    Delta f = ln <f>_1 - ln <f>_0 + const with Fermi functions f at fixed argument.
+    """
+    m = math.log(len(w_forward) / len(w_reverse))
+    found = []
+    for sign, log_f in (
+        (-1.0, log_expit(-(m + w_forward - delta_f))),
+        (1.0, log_expit(-(-m + w_reverse + delta_f))),
+    ):
+        n = len(log_f)
+        found.append(sign * (np.exp(log_f - logsumexp(log_f)) - 1.0 / n))
+    return found[0], found[1]
+
+
+def bar_between(
+    work_forward: Any,
+    work_reverse: Any,
+    *,
+    decorrelate: bool = True,
+    min_overlap: float = MIN_OVERLAP,
+) -> BarResult:
+    r"""BAR between two ensembles from reduced works, refused where they do not overlap.
+
+    .. math:: A = \int \frac{2 p_0 p_1}{p_0 + p_1} dx
+              = \Big\langle \frac{2}{1 + e^{w_f - \Delta f}} \Big\rangle_0
+              = \Big\langle \frac{2}{1 + e^{w_r + \Delta f}} \Big\rangle_1
+
+    Parameters
+    ----------
+    work_forward : array_like, shape (n_0,)
+        u_1 - u_0 of samples of ensemble 0 [kT], in time order if ``decorrelate``.
+    work_reverse : array_like, shape (n_1,)
+        u_0 - u_1 of samples of ensemble 1 [kT].
+    decorrelate : bool
+    min_overlap : float
+        Gate on A; 0 insists.
+
+    Returns
+    -------
+    BarResult
+
+    Raises
+    ------
+    PoorOverlapError
+        If A is below ``min_overlap``.
+    InputError
+        For works that are not finite one-dimensional arrays.
+
+    References
+    ----------
+    C. H. Bennett, Efficient estimation of free energy differences from Monte Carlo data, 1976,
+    doi:10.1016/0021-9991(76)90078-4.
+
+    Examples
+    --------
+    >>> round(bar_between([1.0, 1.0], [-1.0, -1.0]).delta_f, 6)
+    1.0
+    """
+    w_f, w_r = _check_work("work_forward", work_forward), _check_work("work_reverse", work_reverse)
+    if decorrelate:
+        w_f, w_r = _subsample(w_f), _subsample(w_r)
+    result = _bar(w_f, w_r)
+    if not result.overlap >= min_overlap:
+        raise PoorOverlapError(
+            f"BAR: expected an overlap A of at least {min_overlap:g}, found {result.overlap:.2e}; "
+            "put states between the two ensembles, or bring the learned end closer to the "
+            "classical one. (min_overlap=0 returns the number all the same; do not trust it.)"
+        )
+    return result
+
+
+def end_correction(
+    learned: Estimate | FreeEnergyEstimate,
+    *,
+    work_0: tuple[Any, Any] | None = None,
+    work_1: tuple[Any, Any] | None = None,
+    decorrelate: bool = True,
+    min_overlap: float = MIN_OVERLAP,
+) -> EndCorrection:
+    r"""From Delta f between learned end states to Delta f between the classical ones.
+
+    .. math:: \Delta f_{classical} = \Delta f_{learned} + c_1 - c_0, \qquad
+              c_k = f^{classical}_k - f^{learned}_k \text{ by BAR}
+
+    Parameters
+    ----------
+    learned : Estimate or FreeEnergyEstimate
+        Of the learned windows (MBAR's is taken).
+    work_0, work_1 : (forward, reverse), optional
+        Reduced works [kT] at each end: ``u_classical - u_learned`` on learned frames, and
+        ``u_learned - u_classical`` on classical frames. None where the learned end is exactly the
+        classical one (mode "operator" at lambda = 0).
+    decorrelate : bool
+    min_overlap : float
+        Gate on each end's overlap.
+
+    Returns
+    -------
+    EndCorrection
+
+    Raises
+    ------
+    PoorOverlapError
+        If an end's overlap is below the gate; the message says which.
+    InputError
+        For malformed works.
+    """
+    base = learned.estimates["MBAR"] if isinstance(learned, FreeEnergyEstimate) else learned
+    if not isinstance(base, Estimate):
+        raise InputError(
+            f"learned: expected an Estimate or FreeEnergyEstimate, found {type(learned).__name__}."
+        )
+    found: list[BarResult | None] = []
+    for k, work in enumerate((work_0, work_1)):
+        if work is None:
+            found.append(None)
+            continue
+        if not isinstance(work, tuple | list) or len(work) != 2:
+            raise InputError(f"work_{k}: expected (forward, reverse), found {type(work).__name__}.")
+        try:
+            found.append(
+                bar_between(work[0], work[1], decorrelate=decorrelate, min_overlap=min_overlap)
+            )
+        except PoorOverlapError as err:
+            raise PoorOverlapError(f"end state {k}, learned -> classical: {err}") from err
+        except InputError as err:
+            raise InputError(f"work_{k}: {err}") from err
+    value, variance = base.delta_f, base.d_delta_f**2
+    for sign, result in zip((-1.0, 1.0), found, strict=True):
+        if result is not None:
+            value += sign * result.delta_f
+            variance += result.d_delta_f**2
+    return EndCorrection(
+        learned=base,
+        correction_0=found[0],
+        correction_1=found[1],
+        corrected=Estimate(
+            f"{base.method} + end correction", value, math.sqrt(variance), base.temperature
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Reweighted:
+    """What :func:`reweight` returns.
+
+    Attributes
+    ----------
+    f : numpy.ndarray, shape (n_targets,)
+        f of each target relative to the first [kT].
+    d_f : numpy.ndarray, shape (n_targets, n_targets)
+        Standard error of each difference [kT].
+    n_effective : numpy.ndarray, shape (n_targets,)
+        Kish's effective number of frames behind each target.
+    n_frames : int
+        Decorrelated frames used.
+    """
+
+    f: FloatArray
+    d_f: FloatArray
+    n_effective: FloatArray
+    n_frames: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "f": self.f.tolist(),
+            "d_f": self.d_f.tolist(),
+            "n_effective": self.n_effective.tolist(),
+            "n_frames": self.n_frames,
+        }
+
+
+def reweight(
+    u_nk: pd.DataFrame, u_target: Any, *, decorrelate: bool = True, min_effective: float = 20.0
+) -> Reweighted:
+    """Free energies of other potentials from the frames of one run (MBAR perturbation).
+
+    The same frames carry a classical and a learned Hamiltonian, so their difference is paired:
+    pass both ends of both as four targets.
+
+    Parameters
+    ----------
+    u_nk : pandas.DataFrame
+        Of the run that was sampled [kT].
+    u_target : array_like, shape (n_rows, n_targets)
+        Reduced potential of every row of ``u_nk`` in each target [kT].
+    decorrelate : bool
+    min_effective : float
+        Gate on the effective number of frames behind each target; 0 insists.
+
+    Returns
+    -------
+    Reweighted
+
+    Raises
+    ------
+    PoorOverlapError
+        If a target rests on too few frames.
+    InputError, UnitsError
+        For malformed tables.
+    """
+    table = _check_u_nk(u_nk)
+    target = np.asarray(u_target, dtype=np.float64)
+    if target.ndim != 2 or len(target) != len(u_nk) or not np.isfinite(target).all():
+        raise InputError(
+            f"u_target: expected finite numbers of shape ({len(u_nk)}, n_targets), found "
+            f"{target.shape}."
+        )
+    keys = [i[1:] if len(i) > 2 else i[1] for i in u_nk.index]
+    column = {c: i for i, c in enumerate(u_nk.columns)}
+    times = u_nk.index.get_level_values(0).to_numpy(dtype=np.float64)
+    target = target[np.lexsort((times, np.array([column[k] for k in keys])))]
+    sampled = sorted({int(k) for k in table.state})
+    rows, _ = _decorrelated_rows(table, sampled, None, decorrelate)
+    kept = np.concatenate(rows)
+    u_kn = table.frame.to_numpy(dtype=np.float64)[kept][:, sampled].T
+    mbar = _fit_mbar(u_kn, np.array([len(r) for r in rows]))
+    u_ln = target[kept].T
+    log_w = -u_ln - logsumexp(mbar.f_k[:, None] - u_kn, b=mbar.N_k[:, None], axis=0)
+    n_effective = np.exp(2 * logsumexp(log_w, axis=1) - logsumexp(2 * log_w, axis=1))
+    if not n_effective.min() >= min_effective:
+        k = int(n_effective.argmin())
+        raise PoorOverlapError(
+            f"target {k}: expected at least {min_effective:g} effective frames, found "
+            f"{n_effective[k]:.1f}; sample closer to it."
+        )
+    result = mbar.compute_perturbed_free_energies(u_ln)
+    return Reweighted(
+        f=np.asarray(result["Delta_f"][0]),
+        d_f=np.asarray(result["dDelta_f"]),
+        n_effective=n_effective,
+        n_frames=len(kept),
+    )
+
+
+def standard_score(a: Estimate, b: Estimate) -> float:
+    """(a - b) in combined standard errors, of two independent estimates.
+
+    Raises
+    ------
+    UnitsError
+        If their temperatures differ.
+
+    Examples
+    --------
+    >>> standard_score(Estimate("MBAR", 1.0, 0.3, 300.0), Estimate("BAR", 0.0, 0.4, 300.0))
+    2.0
+    """
+    if a.temperature != b.temperature:
+        raise UnitsError(
+            f"estimates: expected one temperature, found {a.temperature} and {b.temperature} K."
+        )
+    error = math.hypot(a.d_delta_f, b.d_delta_f)
+    if error == 0:
+        return 0.0 if a.delta_f == b.delta_f else math.copysign(math.inf, a.delta_f - b.delta_f)
+    return (a.delta_f - b.delta_f) / error
