@@ -69,24 +69,26 @@ class _Evaluator(torch.nn.Module):
         return x - shifts @ box
 
     def evaluate(
-        self, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """E, forces [n_atoms, 3], dE/dlambda, dE/dscale for atoms x [n_atoms, 3] of the model."""
-        alpha, _ = alpha_sigma(
-            self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, noise
-        )
-        y = (alpha * x)[None]
+        self, x: Tensor, lam: Tensor, noise: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """E [1], forces [n_atoms, 3], dE/dlambda [1] for the model's atoms x [n_atoms, 3].
+
+        Written for few torch operations: each costs microseconds in an MD step.
+        """
+        factor = scale * self.kt
+        y = x.unsqueeze(0)
+        slope = -factor
+        if self.schedule_kind != 0:
+            alpha, _ = alpha_sigma(
+                self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, noise
+            )
+            y = alpha * y
+            slope = slope * float(alpha)
         if self.operator:
             action, gradient, d_lam = self.increment(y, noise, lam)
         else:
             action, gradient, d_lam = self.model.fields(y, noise, lam)
-        reduced = self.kt * action[0]
-        return (
-            scale * reduced,
-            -(scale * self.kt * alpha) * gradient[0],
-            scale[0] * self.kt * d_lam[0],
-            reduced,
-        )
+        return factor * action, slope * gradient[0], factor * d_lam
 
     def increment(self, y: Tensor, noise: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S(y, t, lam) - S(y, t, 0), for any model of the contract."""
@@ -105,50 +107,51 @@ class _PairEvaluator(_Evaluator):
 class _TorchForceModule(torch.nn.Module):
     """What TorchForce runs: (positions, [box,] lambda, noise, scale) -> (E, forces)."""
 
-    def __init__(self, evaluator: torch.jit.ScriptModule) -> None:
+    def __init__(self, evaluator: torch.jit.ScriptModule, every_atom: bool) -> None:
         super().__init__()
         self.evaluator = evaluator
+        self.every_atom = every_atom  # then no gather and no scatter is needed
+
+    def chosen(self, positions: Tensor) -> Tensor:
+        x = positions
+        if not self.every_atom:
+            x = x[self.evaluator.atoms]
+        if self.evaluator.double:
+            return x.double()
+        return x.float()
 
     def finish(
         self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        e = self.evaluator
-        one = torch.ones(1, dtype=x.dtype)
-        lam_value, scale_value = lam.data, scale.data
-        energy, forces, d_lam, d_scale = e.evaluate(
-            x, lam_value * one, noise.data * one, scale_value * one
+        lam_value = lam.data
+        energy, forces, d_lam = self.evaluator.evaluate(
+            x, lam_value.reshape(1).to(x.dtype), noise.data.reshape(1).to(x.dtype), float(scale)
         )
-        out = torch.zeros_like(positions)
-        out[e.atoms] = forces.to(positions.dtype)
-        # TorchForce differentiates the energy with respect to the parameters after freezing,
-        # which drops detach(): the derivatives enter as explicit linear terms of value zero.
-        energy = energy.sum() + d_lam * (lam - lam_value) + d_scale * (scale - scale_value)
-        return energy, out
+        out = forces.to(positions.dtype)
+        if not self.every_atom:
+            out = torch.zeros_like(positions)
+            out[self.evaluator.atoms] = forces.to(positions.dtype)
+        # TorchForce differentiates the energy with respect to lambda after freezing, which drops
+        # detach(): the derivative enters as an explicit linear term of value zero.
+        return (energy + d_lam * (lam - lam_value)).sum(), out
 
 
 class _OpenModule(_TorchForceModule):
     def forward(
         self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x = positions.data[self.evaluator.atoms]
-        if self.evaluator.double:
-            x = x.double()
-        else:
-            x = x.float()
-        return self.finish(positions.data, x, lam, noise, scale)
+        positions = positions.data
+        return self.finish(positions, self.chosen(positions), lam, noise, scale)
 
 
 class _PeriodicModule(_TorchForceModule):
     def forward(
         self, positions: Tensor, box: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x = positions.data[self.evaluator.atoms]
-        if self.evaluator.double:
-            x = x.double()
-        else:
-            x = x.float()
+        positions = positions.data
+        x = self.chosen(positions)
         x = self.evaluator.whole(x, box.to(x.dtype))
-        return self.finish(positions.data, x, lam, noise, scale)
+        return self.finish(positions, x, lam, noise, scale)
 
 
 def _spanning_tree(graph: MolecularGraph) -> tuple[Tensor, Tensor]:
@@ -186,19 +189,19 @@ class _PythonComputation:
         dtype = torch.float64 if e.double else torch.float32
         values = state.getParameters()
         x = torch.as_tensor(state.getPositions(asNumpy=True)._value, dtype=dtype)
-        if whole_system or not self.subset:
+        if whole_system and self.subset:
             x = x[e.atoms]
         if self.periodic:
             vectors = state.getPeriodicBoxVectors(asNumpy=True)._value
             x = e.whole(x, torch.as_tensor(np.array(vectors), dtype=dtype))
-        lam, noise, scale = (
-            torch.tensor([values[self.prefix + name]], dtype=dtype) for name in (LAMBDA, NOISE, SCALE)
+        lam, noise = (
+            torch.tensor([values[self.prefix + name]], dtype=dtype) for name in (LAMBDA, NOISE)
         )
         with torch.no_grad():
-            return e.evaluate(x, lam, noise, scale)
+            return e.evaluate(x, lam, noise, values[self.prefix + SCALE])
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
-        energy, forces, _, _ = self.fields(state)
+        energy, forces, _ = self.fields(state)
         return float(energy), forces.numpy().astype(np.float64, copy=False)
 
 
@@ -436,13 +439,34 @@ def available_backends() -> dict[str, str]:
     """Backends of :class:`DiffusionForce`: ``"ok"``, or the sentence that says what is missing."""
     out = {"python": "ok" if hasattr(openmm, "PythonForce") else "needs OpenMM 8.4 or newer"}
     try:
-        import openmmtorch  # noqa: F401
-
+        _load_openmmtorch()
         out["torchforce"] = "ok"
-    except (ImportError, OSError) as err:
+    except (ImportError, OSError, openmm.OpenMMException) as err:
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         out["torchforce"] = f"{reason}; pip install 'openmm-diffforce[torchforce]'"
     return out
+
+
+_PLUGINS_LOADED = False
+
+
+def _load_openmmtorch() -> Any:
+    """Import openmm-torch, and load its kernels if OpenMM could not.
+
+    OpenMM loads its plugins when it is imported; those of openmm-torch need torch's libraries in
+    the process, so they fail where ``import openmm`` came before ``import torch``. This module
+    imports torch: by now they load.
+    """
+    global _PLUGINS_LOADED
+    import openmmtorch
+
+    if not _PLUGINS_LOADED:
+        for failure in openmm.Platform.getPluginLoadFailures():
+            if "OpenMMTorchReference" in failure:
+                folder = Path(openmm.version.openmm_library_path) / "plugins"
+                openmm.Platform.loadPluginLibrary(str(folder / "libOpenMMTorchReference.so"))
+        _PLUGINS_LOADED = True
+    return openmmtorch
 
 
 def _matched_atoms(
@@ -534,9 +558,9 @@ def _torchforce_class() -> type[DiffusionForce]:
     global _TORCHFORCE_CLASS
     if _TORCHFORCE_CLASS is not None:
         return _TORCHFORCE_CLASS
-    import openmmtorch
+    openmmtorch = _load_openmmtorch()
 
-    class _TorchDiffusionForce(DiffusionForce, openmmtorch.TorchForce):
+    class _TorchDiffusionForce(DiffusionForce, openmmtorch.TorchForce):  # type: ignore[name-defined,misc]
         """DiffusionForce on openmm-torch's TorchForce."""
 
         backend = "torchforce"
@@ -548,13 +572,13 @@ def _torchforce_class() -> type[DiffusionForce]:
         ) -> None:  # fmt: skip
             evaluator, periodic = self._prepare(path, topology, atoms, mode, temperature, prefix)
             script = torch.jit.script(evaluator.eval())
-            wrapper = (_PeriodicModule if periodic else _OpenModule)(script)
+            every_atom = np.array_equal(self.atoms, np.arange(topology.getNumAtoms()))
+            wrapper = (_PeriodicModule if periodic else _OpenModule)(script, every_atom)
             openmmtorch.TorchForce.__init__(self, torch.jit.script(wrapper.eval()))
             self.setOutputsForces(True)
             for name, value in ((LAMBDA, 0.0), (NOISE, 0.0), (SCALE, 1.0)):
                 self.addGlobalParameter(prefix + name, value)
             self.addEnergyParameterDerivative(prefix + LAMBDA)
-            self.addEnergyParameterDerivative(prefix + SCALE)
             self.setUsesPeriodicBoundaryConditions(periodic)
             self.setForceGroup(LEARNED_GROUP)
             self.setName(f"DiffusionForce[{mode}]")
@@ -586,13 +610,3 @@ def graph_from_topology(topology: app.Topology, atoms: Sequence[int] | None = No
     bonds = [(place[b[0].index], place[b[1].index]) for b in topology.bonds()
              if b[0].index in place and b[1].index in place]  # fmt: skip
     return MolecularGraph(tuple(elements), tuple(bonds), tuple(everything[a].name for a in chosen))
-
-
-def save_manifest(manifest: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a manifest as JSON (temporary name, then renamed)."""
-    import json
-
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=1))
-    os.replace(temporary, path)

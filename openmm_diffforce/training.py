@@ -47,7 +47,7 @@ from .schedule import NoiseSchedule
 DEFAULT_SIGMA_KNOTS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05)
 """Noise levels at which the coefficients are fitted [nm]."""
 
-N_COEFS = {"bond": 8, "angle": 8, "torsion": 14, "improper": 12, "1-4": 10, "nonbonded": 14}
+N_COEFS = {"bond": 8, "angle": 8, "torsion": 14, "improper": 12, "1-3": 8, "1-4": 10, "nonbonded": 14}
 """Spline coefficients of the base action per class, by role of the coordinate."""
 
 OPERATOR_SPACING = 0.02
@@ -56,8 +56,8 @@ OPERATOR_SPACING = 0.02
 WALL_KT = 4.0
 """Stiffness of the walls outside the data, in kT per squared knot spacing."""
 
-PENALTIES = tuple(10.0 ** np.arange(-6.0, 3.0))
-"""Smoothness penalties tried, relative to the mean diagonal of the normal matrix."""
+PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Smoothness penalties tried, relative to the diagonal of the normal matrix."""
 
 
 @dataclass(frozen=True)
@@ -115,38 +115,48 @@ def _roughness(n: int, periodic: bool) -> np.ndarray:
 
 def _best_penalty(
     a_train: np.ndarray, b_train: np.ndarray, a_test: np.ndarray, b_test: np.ndarray,
-    penalty: np.ndarray, holdout: float, centre: np.ndarray | None = None,
-) -> tuple[np.ndarray, float, float]:  # fmt: skip
+    penalty: np.ndarray, block: np.ndarray, holdout: float, centre: np.ndarray | None = None,
+) -> tuple[np.ndarray, dict[str, float]]:  # fmt: skip
     """Choose the penalty on held-out data, then refit on everything.
 
-    The matrices are means over frames, ``holdout`` the fraction of frames held out. Minimises ``c.A c/2 - b.c + mu/2 (c - centre).P (c - centre)``; returns the coefficients,
-    the chosen mu and the held-out loss.
+    The matrices are means over frames, ``holdout`` the fraction of frames held out. Minimises ``c.A c/2 - b.c + mu/2 (c - centre).P (c - centre)``; ``block`` names the
+    class of every coefficient. Returns the coefficients, and what was chosen.
     """
-    scale = np.trace(a_train) / len(a_train)
-    if not np.isfinite(scale) or scale <= 0:
+    diagonal = np.diag(a_train)
+    if not np.isfinite(diagonal).all() or diagonal.max() <= 0:
         raise ConvergenceError(
             "fit: the normal matrix is empty or not finite; are the frames all alike?"
         )
+    # The penalty of a class is scaled by the geometric mean of its own features' stiffness and
+    # that of all: with its own alone the stiff classes, with the common one the soft classes,
+    # would be smoothed too much.
+    own = (np.bincount(block, diagonal) / np.bincount(block))[block]
+    own = np.maximum(own, 1e-12 * own.max())
+    scaled = np.sqrt(own * diagonal.mean())[:, None] * penalty
     offset = np.zeros(len(b_train)) if centre is None else centre
 
     def solve(a: np.ndarray, b: np.ndarray, mu: float) -> np.ndarray:
-        p = mu * scale * penalty
         try:
-            factor = scipy.linalg.cho_factor(a + p, lower=True, check_finite=False)
+            factor = scipy.linalg.cho_factor(a + mu * scaled, lower=True, check_finite=False)
         except scipy.linalg.LinAlgError as err:
-            raise ConvergenceError("fit: the normal equations are singular; give more frames.") from err
-        return scipy.linalg.cho_solve(factor, b + p @ offset, check_finite=False)
+            raise ConvergenceError(
+                "fit: the normal equations are singular; give more frames."
+            ) from err
+        right = b + mu * (scaled @ offset)
+        return np.asarray(scipy.linalg.cho_solve(factor, right, check_finite=False))
 
-    best = (np.inf, PENALTIES[0])
+    best = (np.inf, 0.0)
     for mu in PENALTIES:
         c = solve(a_train, b_train, mu)
         loss = float(0.5 * c @ a_test @ c - b_test @ c)
         if loss < best[0]:
             best = (loss, mu)
-    if not np.isfinite(best[0]):
+    loss, mu = best
+    if not np.isfinite(loss):
         raise ConvergenceError("fit: no penalty gave a finite held-out loss; check the frames.")
-    both = (1 - holdout) * a_train + holdout * a_test, (1 - holdout) * b_train + holdout * b_test
-    return solve(*both, best[1]), best[1], best[0]
+    a_all = (1 - holdout) * a_train + holdout * a_test
+    b_all = (1 - holdout) * b_train + holdout * b_test
+    return solve(a_all, b_all, mu), {"penalty": mu, "held_out_loss": loss}
 
 
 def _blocks(n_frames: int, holdout: float) -> np.ndarray:
@@ -164,8 +174,9 @@ def fit_base_action(
     *,
     sigma_knots: Sequence[float] = DEFAULT_SIGMA_KNOTS,
     generator: np.random.Generator,
-    n_draws: int = 4,
+    n_draws: int = 2,
     holdout: float = 0.2,
+    other_end: tuple[Any, Any] | None = None,
 ) -> FitResult:
     """Fit the base action to equilibrium snapshots, without energies or forces.
 
@@ -184,6 +195,9 @@ def fit_base_action(
         Antithetic pairs of noise per frame.
     holdout : float
         Contiguous fraction of frames on which the penalty is chosen.
+    other_end : (x_1, grad_o_1), optional
+        Frames of end state 1 and the gradient of the (learned, clean) operator on them [1/nm]:
+        their score is -grad(S_0 + O), so they teach S_0 at t = 0 as well.
 
     Returns
     -------
@@ -212,13 +226,20 @@ def fit_base_action(
     penalty = scipy.linalg.block_diag(
         *[_roughness(n, bool(p)) for n, p in zip(n_coefs, periodic, strict=True)]
     ) + 1e-3 * np.eye(offsets[-1])  # the ridge fixes each spline's free constant
+    block = np.repeat(np.arange(coordinates.n_classes), n_coefs)
     grid = np.empty((len(knots), coordinates.n_classes, 3))
     coef = np.empty((len(knots), offsets[-1]))
     levels = []
     for m, sigma in enumerate(knots):
         if sigma == 0:
-            y, target = x, np.zeros_like(x)
-            held = test
+            y, target, held = x, np.zeros_like(x), test
+            if other_end is not None:
+                # E_1[grad phi . grad(S_0 + O)] = E_1[lap phi]: O's part moves to the right side.
+                x_1 = check_frames(other_end[0], x.shape[1], name="other_end")
+                grad_o = check_frames(other_end[1], x.shape[1], name="other_end gradient")
+                y = np.concatenate([x, x_1])
+                target = np.concatenate([target, -grad_o])
+                held = np.concatenate([test, _blocks(len(x_1), holdout)])
         else:
             noise = generator.standard_normal((n_draws, *x.shape))
             noise = np.concatenate([noise, -noise])
@@ -234,11 +255,11 @@ def fit_base_action(
                 kind=torch.as_tensor(coordinates.kind), grid=torch.as_tensor(grid[m]),
                 offsets=torch.as_tensor(offsets),
             )  # fmt: skip
+            right = (b + lap if sigma == 0 else b).numpy()
             n = float(part.sum())
-            sums.append((a.numpy() / n, (lap if sigma == 0 else b).numpy() / n))
-        coef[m], mu, loss = _best_penalty(*sums[0], *sums[1], penalty, holdout)
-        levels.append({"sigma_nm": float(sigma), "penalty": float(mu), "held_out_loss": loss,
-                       "n_frames": len(y)})  # fmt: skip
+            sums.append((a.numpy() / n, right / n))
+        coef[m], chosen = _best_penalty(*sums[0], *sums[1], penalty, block, holdout)
+        levels.append({"sigma_nm": float(sigma), "n_frames": len(y), **chosen})
     tables = BaseTables(coordinates, knots, grid, offsets, coef)
     return FitResult(tables, {"n_coefs": int(offsets[-1]), "levels": levels,
                               "cpu_seconds": time.process_time() - started})  # fmt: skip
@@ -285,7 +306,7 @@ def fit_operator(
     *,
     sigma_knots: Sequence[float] = DEFAULT_SIGMA_KNOTS,
     generator: np.random.Generator,
-    n_draws: int = 4,
+    n_draws: int = 2,
     holdout: float = 0.2,
 ) -> FitResult:  # fmt: skip
     """Fit the noised pair operator O_{t,lam}(y) = E_lam[O(x) | y] at lam = 0 and lam = 1.
@@ -361,8 +382,9 @@ def fit_operator(
     )  # fmt: skip
     penalty = scipy.linalg.block_diag(*[_roughness(n_coefs, False)] * len(labels))
     penalty += 1e-3 * np.eye(len(penalty))
+    block = np.repeat(np.arange(len(labels)), n_coefs)
 
-    def normal(level: int, end: int) -> list[tuple[np.ndarray, np.ndarray, float, int]]:
+    def normal(level: int, end: int) -> list[tuple[np.ndarray, np.ndarray, float, int, float]]:
         y, row = noised[2 * level + end]
         test = _blocks(len(frames[end]), holdout)[row]
         out = []
@@ -375,7 +397,8 @@ def fit_operator(
                 design = _pair_design(y_part[chunk : chunk + 4000], tables, low, n_coefs)
                 a += design.T @ design
                 b += design.T @ target[chunk : chunk + 4000]
-            out.append((a, b, float(((target - target.mean()) ** 2).sum()), len(target)))
+            spread = float(((target - target.mean()) ** 2).sum())
+            out.append((a, b, spread, len(target), float((target**2).sum())))
         return out
 
     levels = []
@@ -385,20 +408,38 @@ def fit_operator(
         if m == 0:  # one operator for both ends
             joint = [tuple(p + q for p, q in zip(ends[0][k], ends[1][k], strict=True)) for k in (0, 1)]
             ends = [joint]  # type: ignore[list-item]
-        r2 = []
+        record = []
         for end, (train, held) in enumerate(ends):
             centre = None if m == 0 else table[:, end, m - 1].ravel()
             n_train, n_test = train[3], held[3]
-            c, mu, loss = _best_penalty(
+            c, chosen = _best_penalty(
                 train[0] / n_train, train[1] / n_train, held[0] / n_test, held[1] / n_test,
-                penalty, holdout, centre,
+                penalty, block, holdout, centre,
             )  # fmt: skip
             for lam in (0, 1) if m == 0 else (end,):
                 table[:, lam, m] = c.reshape(shape)
-            r2.append({"penalty": float(mu), "held_out_loss": loss})
-        levels.append({"sigma_nm": float(sigma), "ends": r2})
+            # held-out loss = (residual - |O|^2)/2 per frame, so that R^2 follows from it
+            residual = 2 * chosen["held_out_loss"] + held[4] / n_test
+            chosen["held_out_r2"] = 1 - residual / (held[2] / n_test)
+            record.append(chosen)
+        levels.append({"sigma_nm": float(sigma), "ends": record})
     return FitResult(tables, {"n_types": len(labels), "n_coefs": int(n_coefs), "levels": levels,
                               "cpu_seconds": time.process_time() - started})  # fmt: skip
+
+
+def _clean_operator_gradient(tables: OperatorTables, x: np.ndarray) -> np.ndarray:
+    """grad O at t = 0 [1/nm] on frames x."""
+    zero = torch.zeros(len(x), dtype=torch.float64)
+    return np.asarray(
+        ops.pair_operator(
+            torch.as_tensor(x), zero, zero,
+            sites=torch.as_tensor(tables.sites), env=torch.as_tensor(tables.env),
+            pair_type=torch.as_tensor(tables.pair_type), table=torch.as_tensor(tables.table),
+            r_grid=torch.as_tensor(tables.r_grid), lam_knots=torch.as_tensor(tables.lam_knots),
+            sigma_knots=torch.as_tensor(tables.sigma_knots), r_switch=tables.r_switch,
+            r_cutoff=tables.r_cutoff,
+        )[1]
+    )  # fmt: skip
 
 
 def fit_physical_model(
@@ -407,9 +448,9 @@ def fit_physical_model(
     *,
     seed: int,
     sigma_knots: Sequence[float] | None = None,
-    n_draws: int = 4,
+    n_draws: int = 2,
 ) -> tuple[PhysicalModel, dict[str, Any]]:  # fmt: skip
-    """Fit base action (on end 0) and noised operator (on both ends) and join them.
+    """Fit noised operator (on both ends) and base action (both ends at t = 0, end 0 above).
 
     Parameters
     ----------
@@ -435,10 +476,11 @@ def fit_physical_model(
         top = float(schedule.noise_to_signal(1.0))
         sigma_knots = tuple(k * top / DEFAULT_SIGMA_KNOTS[-1] for k in DEFAULT_SIGMA_KNOTS)
     generator = np.random.default_rng(seed)
-    base = fit_base_action(x_0, internal_coordinates(graph), sigma_knots=sigma_knots,
-                           generator=generator, n_draws=n_draws)  # fmt: skip
     operator = fit_operator(x_0, o_0, x_1, o_1, graph, sites, sigma_knots=sigma_knots,
                             generator=generator, n_draws=n_draws)  # fmt: skip
+    grad_o = _clean_operator_gradient(operator.tables, check_frames(x_1, graph.n_atoms))
+    base = fit_base_action(x_0, internal_coordinates(graph), sigma_knots=sigma_knots,
+                           generator=generator, n_draws=n_draws, other_end=(x_1, grad_o))  # fmt: skip
     model = PhysicalModel(base.tables, operator.tables, schedule)
     return model, {
         "model": "PhysicalModel", "seed": int(seed), "n_draws": n_draws,

@@ -126,7 +126,7 @@ class InternalCoordinates:
     kind : int64 array [n_classes]
         DISTANCE, ANGLE or TORSION.
     role : tuple of str, n_classes long
-        "bond", "angle", "torsion", "improper", "1-4" or "nonbonded".
+        "bond", "angle", "torsion", "improper", "1-3", "1-4" or "nonbonded".
     label : tuple of str, n_classes long
         Readable, e.g. ``"bond C-H #3"``.
     """
@@ -177,8 +177,9 @@ def internal_coordinates(graph: MolecularGraph) -> InternalCoordinates:
             a, b, c = sorted(near[centre], key=lambda n: int(cls_of[n]))
             add("improper", TORSION, (a, b, centre, c))
     for i, j in combinations(range(graph.n_atoms), 2):
-        if separation[i, j] >= 3:
-            add("1-4" if separation[i, j] == 3 else "nonbonded", DISTANCE, (i, j))
+        if separation[i, j] >= 2:
+            role_of = {2: "1-3", 3: "1-4"}
+            add(role_of.get(int(separation[i, j]), "nonbonded"), DISTANCE, (i, j))
 
     atoms, cls, kind, role, label = [], [], [], [], []
     for number, ((r, k, _), members) in enumerate(found.items()):

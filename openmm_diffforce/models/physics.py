@@ -178,9 +178,12 @@ class PhysicalModel(ActionModel):
     @torch.jit.export
     def fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S [n_frames], dS/dx [n_frames, n_atoms, 3] (1/nm) and dS/dlam [n_frames]."""
-        alpha, sigma = self._noise(t)
-        z = x / alpha[:, None, None]
-        tau = sigma / alpha
+        alpha = torch.ones_like(t)
+        if self.schedule_kind == 0:
+            z, tau = x, self.sigma_max * t * t
+        else:
+            alpha, sigma = self._noise(t)
+            z, tau = x / alpha[:, None, None], sigma / alpha
         action, gradient, _ = torch.ops.diffforce.internal_action(
             z, tau, self.atoms, self.cls, self.kind, self.grid, self.offsets, self.coef,
             self.base_sigma,
@@ -194,6 +197,8 @@ class PhysicalModel(ActionModel):
             )  # fmt: skip
             action = action + increment
             gradient = gradient + increment_gradient
+        if self.schedule_kind == 0:
+            return action, gradient, d_lam
         return action + self.n_dof * torch.log(alpha), gradient / alpha[:, None, None], d_lam
 
     @torch.jit.export
@@ -204,6 +209,13 @@ class PhysicalModel(ActionModel):
 
         What ``mode="operator"`` evaluates; cheaper than two calls of :meth:`fields`.
         """
+        if self.schedule_kind == 0:  # VE has alpha = 1: a step is short of time for dividing by it
+            increment, gradient, _, d_lam = torch.ops.diffforce.pair_operator(
+                x, self.sigma_max * t * t, lam, self.no_box, self.sites, self.env, self.pair_type,
+                self.table, self.r_grid, self.lam_knots, self.operator_sigma, self.r_switch,
+                self.r_cutoff, True,
+            )  # fmt: skip
+            return increment, gradient, d_lam
         alpha, sigma = self._noise(t)
         increment, gradient, _, d_lam = torch.ops.diffforce.pair_operator(
             x / alpha[:, None, None], sigma / alpha, lam, self.no_box, self.sites, self.env,
