@@ -7,7 +7,7 @@ confident wrong numbers on ensembles that do not meet. Nothing here needs OpenMM
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ from .units import KJ_PER_KCAL, thermal_energy
 FloatArray = npt.NDArray[np.float64]
 
 MIN_OVERLAP = 0.03
-"""Gate on the overlap of neighbouring states (an MBAR overlap matrix element, at most 1/2 for two
-states) and on the overlap A of an end correction (at most 1)."""
+"""Gate on the overlap A = int 2 p0 p1 / (p0 + p1), at most 1, of neighbouring states and of end
+corrections. Elements of MBAR's overlap matrix shrink as states are added: no gate for them."""
 
 MIN_SAMPLES = 10
-"""Decorrelated frames per state below which error estimates mean nothing."""
+"""Independent frames per state below which error estimates mean nothing."""
 
 ENERGY_UNITS = ("kT", "kJ/mol", "kcal/mol")
 
@@ -102,13 +102,13 @@ class FreeEnergyEstimate:
     f_k, d_f_k : numpy.ndarray, shape (n_states,)
         MBAR's f of each state relative to the first, and its error [kT].
     overlap : numpy.ndarray, shape (n_states, n_states)
-        MBAR overlap matrix; rows sum to 1.
+        MBAR overlap matrix; rows sum to 1, and elements depend on how many states there are.
     neighbour_overlap : numpy.ndarray, shape (n_states - 1,)
-        Its smaller element next to the diagonal: what the gate looks at.
+        A = int 2 p0 p1 / (p0 + p1) of neighbours, at most 1: what the gate looks at.
     n_frames, n_decorrelated : numpy.ndarray, shape (n_states,)
-        Frames given, and used.
+        Frames, and how many independent ones they are worth.
     inefficiency : numpy.ndarray, shape (n_states,)
-        Statistical inefficiency g.
+        Statistical inefficiency g of MBAR's influences.
     n_effective : numpy.ndarray, shape (n_states,)
         MBAR's effective sample number of each state.
     dhdl, d_dhdl : numpy.ndarray or None, shape (n_states, n_parameters)
@@ -177,7 +177,7 @@ class BarResult:
     overlap, d_overlap : float
         A = int 2 p0 p1 / (p0 + p1), in [0, 1], and its standard error.
     n_forward, n_reverse : int
-        Decorrelated samples used.
+        Samples.
     """
 
     delta_f: float
@@ -234,6 +234,7 @@ class _Table:
 
     frame: pd.DataFrame
     state: npt.NDArray[np.int64] = field(repr=False)  # column of each row's state
+    order: npt.NDArray[np.int64] = field(repr=False)  # rows of the original, sorted
 
     def rows(self, k: int) -> npt.NDArray[np.int64]:
         return np.flatnonzero(self.state == k)
@@ -343,7 +344,7 @@ def _check_u_nk(u_nk: Any, name: str = "u_nk") -> _Table:
     order = np.lexsort((times, state))
     table = u_nk.iloc[order]
     table.attrs = dict(u_nk.attrs)
-    return _Table(frame=table, state=state[order])
+    return _Table(frame=table, state=state[order], order=order)
 
 
 def statistical_inefficiency(series: FloatArray) -> float:
@@ -362,27 +363,54 @@ def statistical_inefficiency(series: FloatArray) -> float:
     return float(timeseries.statistical_inefficiency(a))
 
 
-def _decorrelated_rows(
-    table: _Table, sampled: list[int], dhdl: FloatArray | None, decorrelate: bool
-) -> tuple[list[npt.NDArray[np.int64]], FloatArray]:
-    """Rows kept of each sampled state, and its g: the slowest of the differences that are used."""
-    u = table.frame.to_numpy(dtype=np.float64)
-    rows, inefficiency = [], []
-    for position, k in enumerate(sampled):
-        idx = table.rows(k)
-        neighbours = [sampled[j] for j in (position - 1, position + 1) if 0 <= j < len(sampled)]
-        g = 1.0
-        if decorrelate:
-            series = [u[idx, j] - u[idx, k] for j in neighbours]
-            if dhdl is not None:
-                series += list(dhdl[idx].T)
-            g = max(statistical_inefficiency(s) for s in series)
-        # Evenly spread indices at a spacing of g, which need not be an integer.
-        n_kept = max(1, math.floor((len(idx) - 1) / g) + 1)
-        kept = np.unique(np.floor(np.arange(n_kept) * g).astype(np.int64))
-        rows.append(idx[kept])
-        inefficiency.append(g)
-    return rows, np.array(inefficiency)
+def _correlated_error(
+    influence: FloatArray, n_k: npt.NDArray[np.int64], decorrelate: bool
+) -> tuple[float, FloatArray]:
+    """Standard error of a sum of per-frame influences, and g of each state.
+
+    Frames are grouped by state, in time order. A state's g is the larger of its own and of the one
+    pooled over all states: a short window that never saw a slow change finds no correlation.
+    """
+    from pymbar import timeseries
+
+    parts = np.split(influence, np.cumsum(n_k)[:-1])
+    parts = [p - p.mean() for p in parts]
+    g_k = np.ones(len(parts))
+    if decorrelate:
+        g_k = np.array([statistical_inefficiency(p) for p in parts])
+        varied = [p for p in parts if len(p) >= 4 and np.ptp(p) > 0]
+        if len(varied) > 1:
+            scaled = [p / p.std() for p in varied]
+            g_k = np.maximum(g_k, timeseries.statistical_inefficiency_multiple(scaled))
+    variance = sum(
+        g * len(p) * p.var(ddof=1) for g, p in zip(g_k, parts, strict=True) if len(p) > 1
+    )
+    return math.sqrt(variance), g_k
+
+
+def _posteriors(
+    u_kn: FloatArray, f_k: FloatArray, n_k: npt.NDArray[np.int64]
+) -> tuple[FloatArray, FloatArray]:
+    """Probability of each state given the frame, (n_states, n_frames), and ln of the mixture."""
+    log_terms = f_k[:, None] - u_kn + np.log(n_k)[:, None]
+    log_mixture = logsumexp(log_terms, axis=0)
+    return np.exp(log_terms - log_mixture), log_mixture
+
+
+def _mbar_influence(p_kn: FloatArray, n_k: npt.NDArray[np.int64]) -> FloatArray:
+    """First-order effect of every frame on MBAR's f_k - f_0, shape (n_states, n_frames).
+
+    MBAR solves sum_n p_k(n) = N_k; its Jacobian is sum_n (diag p - p p^T), singular along a
+    common shift of f, which f_0 = 0 removes.
+    """
+    jacobian = np.diag(p_kn.sum(axis=1)) - p_kn @ p_kn.T
+    centred = np.concatenate(
+        [p - p.mean(axis=1, keepdims=True) for p in np.split(p_kn, np.cumsum(n_k)[:-1], axis=1)],
+        axis=1,
+    )
+    influence = np.zeros_like(p_kn)
+    influence[1:] = -np.linalg.solve(jacobian[1:, 1:], centred[1:])
+    return influence
 
 
 def estimate(
@@ -395,8 +423,8 @@ def estimate(
 ) -> FreeEnergyEstimate:
     r"""Delta f between the first and the last state by MBAR, BAR and TI.
 
-    The MBAR overlap matrix
-    :math:`O_{ij} = \sum_n N_j W_{ni} W_{nj}` is looked at before anything is returned.
+    The overlap :math:`A = \int 2 p_k p_{k+1}/(p_k + p_{k+1})` of neighbouring states is looked at
+    before MBAR is even solved.
 
     Parameters
     ----------
@@ -406,12 +434,11 @@ def estimate(
         Reduced dH/dlambda [kT] of the same frames; gives TI (trapezoid rule: its error does not
         hold the error of the rule).
     decorrelate : bool
-        Subsample each state by the slowest statistical inefficiency of the energy differences to
-        its neighbours and of dH/dlambda. Without it errors are too small.
+        Let errors account for correlation in time. Without it they are too small.
     min_overlap : float
         Gate on neighbouring states; 0 insists on numbers without it.
     min_samples : int
-        Decorrelated frames that every state must have.
+        Frames, and independent frames, that every state must have.
 
     Returns
     -------
@@ -422,14 +449,17 @@ def estimate(
     PoorOverlapError
         If two neighbouring states overlap less than ``min_overlap``.
     ConvergenceError
-        If a state has too few decorrelated frames, or MBAR does not converge.
+        If a state has too few independent frames, or MBAR does not converge.
     InputError, UnitsError
         If the tables are malformed, or do not belong together.
 
     Notes
     -----
-    BAR's error includes the covariance of neighbouring pairs, which share a window. All errors
-    are one standard error and see only what the windows visited.
+    All frames are used. An error is that of a sum of first-order influences, one per frame, with
+    the statistical inefficiency g of that very series in each window: subsampling by each window's
+    own g would give most weight to the windows that happened not to see a slow change. BAR's error
+    includes the covariance of neighbouring pairs, which share a window. All errors are one
+    standard error and see only what the windows visited.
 
     References
     ----------
@@ -444,21 +474,28 @@ def estimate(
     if len(sampled) < 2:
         raise InputError("u_nk: expected samples of at least two states, found one.")
     slopes = _check_dhdl(dHdl, u_nk, table)
-    rows, inefficiency = _decorrelated_rows(table, sampled, slopes, decorrelate)
     columns = [table.frame.columns[k] for k in sampled]
-    n_kept = np.array([len(r) for r in rows])
-    if n_kept.min() < min_samples:
-        k = int(n_kept.argmin())
+    u = table.frame.to_numpy(dtype=np.float64)[:, sampled]
+    n_k = np.array([len(table.rows(k)) for k in sampled])
+    if n_k.min() < max(min_samples, 2):
         raise ConvergenceError(
-            f"state {columns[k]}: expected at least {min_samples} decorrelated frames, found "
-            f"{n_kept[k]} of {len(table.rows(sampled[k]))} (g = {inefficiency[k]:.1f}); run longer "
-            "windows."
+            f"state {columns[int(n_k.argmin())]}: expected at least {max(min_samples, 2)} frames, "
+            f"found {n_k.min()}; run longer windows."
         )
-    frame = table.frame.iloc[np.concatenate(rows)][columns]
-    frame.attrs = dict(u_nk.attrs)
-    mbar = _fit_mbar(frame.to_numpy(dtype=np.float64).T, n_kept)
-    overlap = np.asarray(mbar.compute_overlap()["matrix"], dtype=np.float64)
-    neighbour = np.minimum(np.diag(overlap, 1), np.diag(overlap, -1))
+    bar_value = 0.0
+    bounds = np.concatenate([[0], np.cumsum(n_k)])
+    # Neighbouring pairs share a window: their errors are added sample by sample.
+    influence = np.zeros(len(u))
+    neighbour = np.empty(len(columns) - 1)
+    for k in range(len(columns) - 1):
+        here, there = slice(*bounds[k : k + 2]), slice(*bounds[k + 1 : k + 3])
+        w_f, w_r = u[here, k + 1] - u[here, k], u[there, k] - u[there, k + 1]
+        one = _bar(w_f, w_r)
+        bar_value += one.delta_f
+        neighbour[k] = one.overlap
+        forward, reverse = _bar_influence(w_f, w_r, one.delta_f)
+        influence[here] += forward
+        influence[there] += reverse
     if not neighbour.min() >= min_overlap:
         k = int(neighbour.argmin())
         raise PoorOverlapError(
@@ -466,56 +503,62 @@ def estimate(
             f"{min_overlap:g}, found {neighbour[k]:.2e}; add states between them, or run longer. "
             "(min_overlap=0 returns the numbers all the same; do not trust them.)"
         )
-    result = mbar.compute_free_energy_differences()
-    f_k, d_f_k = result["Delta_f"][0], result["dDelta_f"][0]
-    bar_value = 0.0
-    u = frame.to_numpy(dtype=np.float64)
-    bounds = np.concatenate([[0], np.cumsum(n_kept)])
-    # Neighbouring pairs share a window: their errors are added sample by sample.
-    influence = np.zeros(len(u))
-    for k in range(len(columns) - 1):
-        here, there = slice(*bounds[k : k + 2]), slice(*bounds[k + 1 : k + 3])
-        w_f, w_r = u[here, k + 1] - u[here, k], u[there, k] - u[there, k + 1]
-        one = _bar(w_f, w_r)
-        bar_value += one.delta_f
-        forward, reverse = _bar_influence(w_f, w_r, one.delta_f)
-        influence[here] += forward
-        influence[there] += reverse
+    mbar = _fit_mbar(u.T, n_k)
+    f_k = np.asarray(mbar.f_k, dtype=np.float64)
+    p_kn, _ = _posteriors(u.T, f_k, n_k)
+    psi = _mbar_influence(p_kn, n_k)
+    pairs = [_correlated_error(psi[k], n_k, decorrelate) for k in range(1, len(columns))]
+    d_f_k = np.array([0.0, *(error for error, _ in pairs)])
+    inefficiency = pairs[-1][1]
+    n_decorrelated = np.floor(n_k / inefficiency).astype(np.int64)
+    if n_decorrelated.min() < min_samples:
+        k = int(n_decorrelated.argmin())
+        raise ConvergenceError(
+            f"state {columns[k]}: expected at least {min_samples} independent frames, found "
+            f"{n_decorrelated[k]} in {n_k[k]} (statistical inefficiency {inefficiency[k]:.1f}); "
+            "run longer windows."
+        )
     estimates = {
-        "MBAR": Estimate("MBAR", float(f_k[-1]), float(d_f_k[-1]), temperature),
+        "MBAR": Estimate("MBAR", float(f_k[-1] - f_k[0]), float(d_f_k[-1]), temperature),
         "BAR": Estimate(
-            "BAR",
-            bar_value,
-            math.sqrt(float((influence**2).sum())),
-            temperature,
+            "BAR", bar_value, _correlated_error(influence, n_k, decorrelate)[0], temperature
         ),
     }
     means = errors = None
     if slopes is not None:
-        parts = [slopes[r] for r in rows]
+        parts = np.split(slopes, np.cumsum(n_k)[:-1])
         means = np.array([p.mean(axis=0) for p in parts])
-        errors = np.array([p.std(axis=0, ddof=1) / math.sqrt(len(p)) for p in parts])
         # Along the order of the columns: alchemlyb's TI sorts by lambda, which need not be the
         # path when there are several.
         lam = np.array([c if isinstance(c, tuple) else (c,) for c in columns], dtype=np.float64)
         step = np.diff(lam, axis=0)
         weight = 0.5 * (np.pad(step, ((1, 0), (0, 0))) + np.pad(step, ((0, 1), (0, 0))))
+        errors = np.array(
+            [
+                [
+                    _correlated_error(p[:, i] / len(p), np.array([len(p)]), decorrelate)[0]
+                    for i in range(slopes.shape[1])
+                ]
+                for p in parts
+            ]
+        )
+        ti_influence = (slopes * np.repeat(weight / n_k[:, None], n_k, axis=0)).sum(axis=1)
         estimates["TI"] = Estimate(
             "TI",
             float((weight * means).sum()),
-            math.sqrt(float((weight**2 * errors**2).sum())),
+            _correlated_error(ti_influence, n_k, decorrelate)[0],
             temperature,
         )
     return FreeEnergyEstimate(
         temperature=temperature,
         states=tuple(columns),
         estimates=estimates,
-        f_k=np.asarray(f_k),
-        d_f_k=np.asarray(d_f_k),
-        overlap=overlap,
+        f_k=f_k - f_k[0],
+        d_f_k=d_f_k,
+        overlap=(p_kn / n_k[:, None]) @ p_kn.T,
         neighbour_overlap=neighbour,
-        n_frames=np.array([len(table.rows(k)) for k in sampled]),
-        n_decorrelated=n_kept,
+        n_frames=n_k,
+        n_decorrelated=n_decorrelated,
         inefficiency=inefficiency,
         n_effective=np.asarray(mbar.compute_effective_sample_number()),
         dhdl=means,
@@ -548,11 +591,7 @@ def _check_dhdl(dhdl: pd.DataFrame | None, u_nk: pd.DataFrame, table: _Table) ->
             f"dHdl: expected {u_nk.index.nlevels - 1} columns, one per lambda, found "
             f"{dhdl.shape[1]}."
         )
-    keys = [i[1:] if len(i) > 2 else i[1] for i in u_nk.index]
-    column = {c: i for i, c in enumerate(u_nk.columns)}
-    state = np.array([column[k] for k in keys])
-    times = u_nk.index.get_level_values(0).to_numpy(dtype=np.float64)
-    return values[np.lexsort((times, state))]
+    return values[table.order]
 
 
 def _fit_mbar(u_kn: FloatArray, n_k: npt.NDArray[np.int64]) -> Any:
@@ -588,12 +627,6 @@ def _check_work(name: str, work: Any) -> FloatArray:
             f"shape {w.shape}" + ("." if np.isfinite(w).all() else " with NaN or infinity.")
         )
     return w
-
-
-def _subsample(series: FloatArray) -> FloatArray:
-    g = statistical_inefficiency(series)
-    n = max(1, math.floor((len(series) - 1) / g) + 1)
-    return series[np.unique(np.floor(np.arange(n) * g).astype(np.int64))]
 
 
 def _bar(w_forward: FloatArray, w_reverse: FloatArray) -> BarResult:
@@ -692,9 +725,16 @@ def bar_between(
     1.0
     """
     w_f, w_r = _check_work("work_forward", work_forward), _check_work("work_reverse", work_reverse)
-    if decorrelate:
-        w_f, w_r = _subsample(w_f), _subsample(w_r)
     result = _bar(w_f, w_r)
+    if decorrelate:
+        n_k = np.array([len(w_f), len(w_r)])
+        series = np.concatenate(_bar_influence(w_f, w_r, result.delta_f))
+        error, g_k = _correlated_error(series, n_k, True)
+        result = replace(
+            result,
+            d_delta_f=error,
+            d_overlap=result.d_overlap * math.sqrt(g_k.max()),
+        )
     if not result.overlap >= min_overlap:
         raise PoorOverlapError(
             f"BAR: expected an overlap A of at least {min_overlap:g}, found {result.overlap:.2e}; "
@@ -783,24 +823,41 @@ class Reweighted:
     ----------
     f : numpy.ndarray, shape (n_targets,)
         f of each target relative to the first [kT].
-    d_f : numpy.ndarray, shape (n_targets, n_targets)
-        Standard error of each difference [kT].
     n_effective : numpy.ndarray, shape (n_targets,)
         Kish's effective number of frames behind each target.
     n_frames : int
-        Decorrelated frames used.
     """
 
     f: FloatArray
-    d_f: FloatArray
     n_effective: FloatArray
     n_frames: int
+    _influence: FloatArray = field(repr=False)
+    _n_k: npt.NDArray[np.int64] = field(repr=False)
+    _decorrelate: bool = field(repr=False)
+
+    def contrast(self, coefficients: Sequence[float]) -> tuple[float, float]:
+        """Value and standard error of ``sum_i c_i f_i`` [kT], with all covariances.
+
+        ``[-1, 1]`` is the difference of two targets; ``[1, -1, -1, 1]`` is the paired difference
+        of two differences, (f_3 - f_2) - (f_1 - f_0).
+
+        Raises
+        ------
+        InputError
+            If the coefficients do not match the targets or do not sum to 0.
+        """
+        c = np.asarray(coefficients, dtype=np.float64)
+        if c.shape != self.f.shape or abs(c.sum()) > 1e-9:
+            raise InputError(
+                f"coefficients: expected {len(self.f)} numbers that sum to 0, found {c.tolist()}."
+            )
+        error, _ = _correlated_error(c @ self._influence, self._n_k, self._decorrelate)
+        return float(c @ self.f), error
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "f": self.f.tolist(),
-            "d_f": self.d_f.tolist(),
             "n_effective": self.n_effective.tolist(),
             "n_frames": self.n_frames,
         }
@@ -812,7 +869,7 @@ def reweight(
     """Free energies of other potentials from the frames of one run (MBAR perturbation).
 
     The same frames carry a classical and a learned Hamiltonian, so their difference is paired:
-    pass both ends of both as four targets.
+    pass both ends of both as four targets and take a contrast.
 
     Parameters
     ----------
@@ -821,6 +878,7 @@ def reweight(
     u_target : array_like, shape (n_rows, n_targets)
         Reduced potential of every row of ``u_nk`` in each target [kT].
     decorrelate : bool
+        Let errors account for correlation in time.
     min_effective : float
         Gate on the effective number of frames behind each target; 0 insists.
 
@@ -842,30 +900,33 @@ def reweight(
             f"u_target: expected finite numbers of shape ({len(u_nk)}, n_targets), found "
             f"{target.shape}."
         )
-    keys = [i[1:] if len(i) > 2 else i[1] for i in u_nk.index]
-    column = {c: i for i, c in enumerate(u_nk.columns)}
-    times = u_nk.index.get_level_values(0).to_numpy(dtype=np.float64)
-    target = target[np.lexsort((times, np.array([column[k] for k in keys])))]
+    u_ln = target[table.order].T
     sampled = sorted({int(k) for k in table.state})
-    rows, _ = _decorrelated_rows(table, sampled, None, decorrelate)
-    kept = np.concatenate(rows)
-    u_kn = table.frame.to_numpy(dtype=np.float64)[kept][:, sampled].T
-    mbar = _fit_mbar(u_kn, np.array([len(r) for r in rows]))
-    u_ln = target[kept].T
-    log_w = -u_ln - logsumexp(mbar.f_k[:, None] - u_kn, b=mbar.N_k[:, None], axis=0)
-    n_effective = np.exp(2 * logsumexp(log_w, axis=1) - logsumexp(2 * log_w, axis=1))
+    n_k = np.array([len(table.rows(k)) for k in sampled])
+    u_kn = table.frame.to_numpy(dtype=np.float64)[:, sampled].T
+    if len(sampled) > 1:
+        f_k = np.asarray(_fit_mbar(u_kn, n_k).f_k, dtype=np.float64)
+    else:
+        f_k = np.zeros(1)
+    p_kn, log_mixture = _posteriors(u_kn, f_k, n_k)
+    log_w = -u_ln - log_mixture
+    f = -logsumexp(log_w, axis=1)
+    w_ln = np.exp(log_w + f[:, None])
+    n_effective = 1.0 / (w_ln**2).sum(axis=1)
     if not n_effective.min() >= min_effective:
         k = int(n_effective.argmin())
         raise PoorOverlapError(
             f"target {k}: expected at least {min_effective:g} effective frames, found "
             f"{n_effective[k]:.1f}; sample closer to it."
         )
-    result = mbar.compute_perturbed_free_energies(u_ln)
+    influence = (w_ln @ p_kn.T) @ _mbar_influence(p_kn, n_k) - w_ln
     return Reweighted(
-        f=np.asarray(result["Delta_f"][0]),
-        d_f=np.asarray(result["dDelta_f"]),
+        f=f - f[0],
         n_effective=n_effective,
-        n_frames=len(kept),
+        n_frames=len(u_nk),
+        _influence=influence,
+        _n_k=n_k,
+        _decorrelate=decorrelate,
     )
 
 
