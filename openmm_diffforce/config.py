@@ -7,6 +7,7 @@ import difflib
 import os
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -201,13 +202,28 @@ def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, found {type(content).__name__}.")
+    return _absolute(check_settings(kind, content, str(path)), path.resolve().parent)
+
+
+def check_settings(kind: type[_Model], content: Mapping[str, Any], where: str) -> _Model:
+    """Settings from a mapping; ``where`` it comes from stands first in every message.
+
+    Raises
+    ------
+    InputError
+        As :func:`load_settings`.
+
+    Examples
+    --------
+    >>> check_settings(StatesSettings, {"n": 3}, "here").power
+    1.0
+    """
     try:
-        settings = kind.model_validate(content)
+        return kind.model_validate(content)
     except pydantic.ValidationError as err:
         raise InputError(
-            "\n".join(f"{path}: {_advice(kind, e)}" for e in err.errors(include_url=False))
+            "\n".join(f"{where}: {_advice(kind, e)}" for e in err.errors(include_url=False))
         ) from err
-    return _absolute(settings, path.resolve().parent)
 
 
 def _advice(kind: type[BaseModel], error: Any) -> str:

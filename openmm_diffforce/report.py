@@ -468,29 +468,35 @@ def _matrix(matrix: Any, states: Any, title: str) -> str:
     return "".join(out)
 
 
-def _png(name: str, figure: Any) -> bytes:
+def _image(name: str, figure: Any) -> tuple[str, bytes]:
+    """Kind (``"png"`` or ``"svg"``) and bytes of a figure."""
     if isinstance(figure, bytes | bytearray):
-        if not bytes(figure).startswith(PNG_MAGIC):
-            raise InputError(f"figure {name}: expected PNG bytes, found {bytes(figure[:8])!r}...")
-        return bytes(figure)
+        data = bytes(figure)
+        if data.startswith(PNG_MAGIC):
+            return "png", data
+        if data.lstrip().startswith((b"<?xml", b"<svg")):
+            return "svg", data
+        raise InputError(f"figure {name}: expected PNG or SVG bytes, found {data[:8]!r}...")
     if not hasattr(figure, "savefig"):
         raise InputError(
-            f"figure {name}: expected a matplotlib Figure or PNG bytes, found "
+            f"figure {name}: expected a matplotlib Figure, or PNG or SVG bytes, found "
             f"{type(figure).__name__}."
         )
     buffer = io.BytesIO()
     # Without metadata the same figure gives the same bytes.
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
+    return "png", buffer.getvalue()
 
 
 def _figures(record: Record, figures: Mapping[str, Any]) -> list[dict[str, str]]:
     order = {name: k for k, name in enumerate(CAPTIONS)}
     out = []
     for name in sorted(figures, key=lambda n: (order.get(n, len(order)), n)):
-        data = base64.b64encode(_png(name, figures[name])).decode("ascii")
+        kind, image = _image(name, figures[name])
+        mime = {"png": "image/png", "svg": "image/svg+xml"}[kind]
+        data = base64.b64encode(image).decode("ascii")
         caption = record.captions.get(name) or CAPTIONS.get(name) or name.replace("_", " ")
-        out.append({"name": name, "src": f"data:image/png;base64,{data}", "caption": caption})
+        out.append({"name": name, "src": f"data:{mime};base64,{data}", "caption": caption})
     return out
 
 
@@ -505,7 +511,8 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
     record : dict
         See :class:`Record`.
     figures : mapping, optional
-        name -> matplotlib Figure or PNG bytes; :data:`CAPTIONS` knows some names.
+        name -> matplotlib Figure, or PNG or SVG bytes; :data:`CAPTIONS` knows some names.
+        The page draws ``delta_f`` and ``overlap_*`` itself where the record has the numbers.
 
     Returns
     -------
@@ -537,6 +544,10 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
             svg = _matrix(one.estimate.get("overlap"), one.estimate.get("states"), title)
             if svg:
                 overlaps.append({"title": title, "svg": svg})
+    forest = _forest(routes)
+    # What the page draws itself from the numbers of the record is not shown twice.
+    drawn = {"delta_f"} if forest else set()
+    drawn |= {"overlap_learned", "overlap_classical"} if overlaps else set()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("openmm_diffforce", "templates"),
         autoescape=True,
@@ -555,9 +566,9 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
         headline=headline,
         routes=routes,
         differences=_differences(content, kT),
-        forest=_forest(routes),
+        forest=forest,
         overlaps=overlaps,
-        figures=_figures(content, figures or {}),
+        figures=_figures(content, {k: v for k, v in (figures or {}).items() if k not in drawn}),
         raw=plain(record),
     )
 
@@ -582,12 +593,12 @@ def write_report(
 
 
 def save_figures(figures: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Save figures as PNG under ``folder/figures``.
+    """Save figures under ``folder/figures``.
 
     Parameters
     ----------
     figures : mapping
-        name -> matplotlib Figure or PNG bytes.
+        name -> matplotlib Figure, or PNG or SVG bytes.
     folder : path-like
         Folder of ``record.json``.
 
@@ -600,10 +611,10 @@ def save_figures(figures: Mapping[str, Any], folder: str | os.PathLike[str]) -> 
     target.mkdir(parents=True, exist_ok=True)
     out = {}
     for name, figure in figures.items():
-        data = _png(name, figure)
-        with atomic_path(target / f"{name}.png") as part:
-            part.write_bytes(data)
-        out[name] = f"figures/{name}.png"
+        kind, image = _image(name, figure)
+        with atomic_path(target / f"{name}.{kind}") as part:
+            part.write_bytes(image)
+        out[name] = f"figures/{name}.{kind}"
     return out
 
 

@@ -247,10 +247,16 @@ def test_malformed_records_are_refused() -> None:
         render_report(record)
     with pytest.raises(InputError, match="what"):
         render_report({})
-    with pytest.raises(InputError, match="expected PNG bytes"):
+    with pytest.raises(InputError, match="expected PNG or SVG bytes"):
         render_report(a_record(), {"a": b"GIF89a"})
     with pytest.raises(InputError, match="expected a matplotlib Figure"):
         render_report(a_record(), {"a": 3})
+
+
+def test_svg_figures(tmp_path: Path) -> None:
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg"></svg>'
+    assert save_figures({"a": svg}, tmp_path) == {"a": "figures/a.svg"}
+    assert "data:image/svg+xml;base64," in render_report({"what": "demo"}, {"a": svg})
 
 
 def test_from_file(tmp_path: Path) -> None:
