@@ -33,18 +33,19 @@ extern "C" {
 
 typedef enum {
     DIFFFORCE_OK = 0,
-    DIFFFORCE_NULL_POINTER = 1,  /* a required pointer is NULL */
-    DIFFFORCE_BAD_SHAPE = 2,     /* a count is negative, zero or too small */
-    DIFFFORCE_BAD_DTYPE = 3,     /* dtype is neither DIFFFORCE_FLOAT32 nor DIFFFORCE_FLOAT64 */
-    DIFFFORCE_BAD_INDEX = 4,     /* an atom, class or type index is out of range, or an atom meets itself */
-    DIFFFORCE_BAD_GRID = 5,      /* spline grids, knots, switch or cutoff make no sense */
-    DIFFFORCE_BAD_BOX = 6,       /* box not in reduced form, or too small for the cutoff */
-    DIFFFORCE_NOT_FINITE = 7,    /* NaN or infinity in an input or in the result */
-    DIFFFORCE_OUT_OF_RANGE = 8,  /* sigma or lambda outside its knots */
-    DIFFFORCE_NO_MEMORY = 9,     /* an allocation failed */
-    DIFFFORCE_NO_TORCH = 10,     /* LibTorch or one of its C symbols was not found in the process */
-    DIFFFORCE_NO_CUDA = 11,      /* this build has no CUDA part */
-    DIFFFORCE_CUDA_ERROR = 12,   /* a CUDA call failed */
+    DIFFFORCE_NULL_POINTER = 1, /* a required pointer is NULL */
+    DIFFFORCE_BAD_SHAPE = 2,    /* a count is negative, zero or too small */
+    DIFFFORCE_BAD_DTYPE = 3,    /* dtype is neither DIFFFORCE_FLOAT32 nor DIFFFORCE_FLOAT64 */
+    DIFFFORCE_BAD_INDEX =
+        4, /* an atom, class or type index is out of range, or an atom meets itself */
+    DIFFFORCE_BAD_GRID = 5,     /* spline grids, knots, switch or cutoff make no sense */
+    DIFFFORCE_BAD_BOX = 6,      /* box not in reduced form, or too small for the cutoff */
+    DIFFFORCE_NOT_FINITE = 7,   /* NaN or infinity in an input or in the result */
+    DIFFFORCE_OUT_OF_RANGE = 8, /* sigma or lambda outside its knots */
+    DIFFFORCE_NO_MEMORY = 9,    /* an allocation failed */
+    DIFFFORCE_NO_TORCH = 10,    /* LibTorch or one of its C symbols was not found in the process */
+    DIFFFORCE_NO_CUDA = 11,     /* this build has no CUDA part */
+    DIFFFORCE_CUDA_ERROR = 12,  /* a CUDA call failed */
     DIFFFORCE_INTERNAL_ERROR = 13
 } diffforce_status;
 
@@ -82,7 +83,7 @@ typedef struct {
     const void* sigma_knots;                 /* [M] */
     double r_switch, r_cutoff;               /* r_cutoff <= 0 or infinite: no cutoff, no switch */
     int integrated;
-    diffforce_dtype dtype;
+    int dtype; /* a diffforce_dtype */
 } diffforce_pair_problem;
 
 /* x[F,N,3], sigma[F], lam[F], box[F,3,3] or NULL -> value[F], grad_x[F,N,3], d_sigma[F], d_lam[F].
@@ -121,7 +122,7 @@ typedef struct {
     const void* grid;               /* [M, C, 3]: lo, h, wall */
     const void* coef;               /* [M, offsets[C]] */
     const void* sigma_knots;        /* [M] */
-    diffforce_dtype dtype;
+    int dtype;                      /* a diffforce_dtype */
 } diffforce_internal_problem;
 
 /* x[F,N,3], sigma[F] -> value[F], grad_x[F,N,3], d_sigma[F]. */

@@ -69,9 +69,13 @@ void parallel(int64_t n, int n_threads, const std::function<void(int64_t, int64_
 
 extern "C" {
 
-const char* diffforce_last_error(void) { return diffforce::last_error.c_str(); }
+const char* diffforce_last_error(void) {
+    return diffforce::last_error.c_str();
+}
 
-const char* diffforce_version(void) { return DIFFFORCE_VERSION; }
+const char* diffforce_version(void) {
+    return DIFFFORCE_VERSION;
+}
 
 int diffforce_set_num_threads(int n_threads) {
     return diffforce::guarded([&] {

@@ -18,7 +18,8 @@
 // One copy per instruction set, chosen when the library is loaded: the wheel runs on any x86-64 and
 // is still vectorised. (Sanitizers run before such a choice can be made.)
 #if defined(DIFFFORCE_HAS_TARGET_CLONES) && !defined(__SANITIZE_ADDRESS__)
-#define DIFFFORCE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define DIFFFORCE_CLONES \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define DIFFFORCE_CLONES
 #endif
@@ -160,15 +161,23 @@ DIFFFORCE_INLINE T tangent(Dual<T> x) {
     return x.b;
 }
 
-DIFFFORCE_INLINE float square_root(float x) { return std::sqrt(x); }
-DIFFFORCE_INLINE double square_root(double x) { return std::sqrt(x); }
+DIFFFORCE_INLINE float square_root(float x) {
+    return std::sqrt(x);
+}
+DIFFFORCE_INLINE double square_root(double x) {
+    return std::sqrt(x);
+}
 template <typename T>
 DIFFFORCE_INLINE Dual<T> square_root(Dual<T> x) {
     const T root = std::sqrt(x.a);
     return {root, root > T(0) ? x.b / (T(2) * root) : T(0)};
 }
-DIFFFORCE_INLINE float arc_tangent(float y, float x) { return std::atan2(y, x); }
-DIFFFORCE_INLINE double arc_tangent(double y, double x) { return std::atan2(y, x); }
+DIFFFORCE_INLINE float arc_tangent(float y, float x) {
+    return std::atan2(y, x);
+}
+DIFFFORCE_INLINE double arc_tangent(double y, double x) {
+    return std::atan2(y, x);
+}
 template <typename T>
 DIFFFORCE_INLINE Dual<T> arc_tangent(Dual<T> y, Dual<T> x) {
     return {std::atan2(y.a, x.a), (x.a * y.b - y.a * x.b) / (x.a * x.a + y.a * y.a)};
@@ -272,8 +281,9 @@ template <typename T>
 void check_knots(const T* knots, int64_t n, const char* name) {
     for (int64_t k = 0; k < n; ++k)
         if (!std::isfinite(knots[k]) || (k == 0 ? knots[0] != T(0) : !(knots[k] > knots[k - 1])))
-            fail(DIFFFORCE_BAD_GRID, "%s: expected finite numbers that ascend from 0, found %g at %lld",
-                 name, static_cast<double>(knots[k]), static_cast<long long>(k));
+            fail(DIFFFORCE_BAD_GRID,
+                 "%s: expected finite numbers that ascend from 0, found %g at %lld", name,
+                 static_cast<double>(knots[k]), static_cast<long long>(k));
 }
 
 template <typename T>

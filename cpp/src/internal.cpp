@@ -56,8 +56,10 @@ void check(const diffforce_internal_problem& p, bool with_coefficients) {
                      static_cast<long long>(i));
             for (int64_t j = 0; j < k && !pad; ++j)
                 if (p.atoms[4 * i + j] == atom)
-                    fail(DIFFFORCE_BAD_INDEX, "atoms: expected different atoms, found %lld twice in "
-                         "instance %lld", static_cast<long long>(atom), static_cast<long long>(i));
+                    fail(DIFFFORCE_BAD_INDEX,
+                         "atoms: expected different atoms, found %lld twice in "
+                         "instance %lld",
+                         static_cast<long long>(atom), static_cast<long long>(i));
         }
     }
     const T* grid = static_cast<const T*>(p.grid);
@@ -68,13 +70,14 @@ void check(const diffforce_internal_problem& p, bool with_coefficients) {
         if (!std::isfinite(lo) || !std::isfinite(h) || !(h > 0.0) || !std::isfinite(wall) ||
             !(wall >= 0.0))
             fail(DIFFFORCE_BAD_GRID,
-                 "grid: expected finite lo, h > 0 and wall >= 0, found %g, %g, %g in class %lld", lo,
-                 h, wall, static_cast<long long>(c));
+                 "grid: expected finite lo, h > 0 and wall >= 0, found %g, %g, %g in class %lld",
+                 lo, h, wall, static_cast<long long>(c));
         const double n = static_cast<double>(p.offsets[c + 1] - p.offsets[c]);
         if (p.kind[c] == DIFFFORCE_TORSION &&
             (std::fabs(h * n - 2.0 * pi) > 1e-4 || std::fabs(lo + pi) > 1e-4))
             fail(DIFFFORCE_BAD_GRID,
-                 "grid: expected lo = -pi and h = 2 pi/n of a torsion, found %g and %g in class %lld",
+                 "grid: expected lo = -pi and h = 2 pi/n of a torsion, found %g and %g in class "
+                 "%lld",
                  lo, h, static_cast<long long>(c));
     }
     if (with_coefficients) {
@@ -159,7 +162,8 @@ DIFFFORCE_INLINE FrameResult<S> frame(const diffforce_internal_problem& p, const
         if (!std::isfinite(primal(q)))
             fail(DIFFFORCE_NOT_FINITE,
                  "x: expected finite coordinates of atoms that do not coincide, found none in "
-                 "instance %lld", static_cast<long long>(i));
+                 "instance %lld",
+                 static_cast<long long>(i));
         S slope(0.0);
         for (int k = 0; k < noise.count; ++k) {
             // A knot without weight is not looked at: its grid may not fit these frames.
@@ -192,7 +196,8 @@ void require_result(double value, int64_t frame) {
     if (!std::isfinite(value))
         fail(DIFFFORCE_NOT_FINITE,
              "result: expected a finite value and gradient, found none in frame %lld; are atoms "
-             "coincident or collinear, or coefficients not finite?", static_cast<long long>(frame));
+             "coincident or collinear, or coefficients not finite?",
+             static_cast<long long>(frame));
 }
 
 int threads_for(const diffforce_internal_problem& p) {
@@ -318,6 +323,9 @@ void normal(const diffforce_internal_problem& p, const double* x, const double* 
     require_finite(target, p.n_frames * n * 3, "target");
     if (n_inst > std::numeric_limits<int32_t>::max())
         fail(DIFFFORCE_BAD_SHAPE, "n_instances: more than 2^31");
+    if (n_coef > (int64_t{1} << 20))
+        fail(DIFFFORCE_BAD_SHAPE, "offsets: expected at most 2^20 coefficients, found %lld",
+             static_cast<long long>(n_coef));
     const double* grid = static_cast<const double*>(p.grid);
 
     // Three ghost coefficients behind each periodic class keep the four touched ones contiguous;
@@ -356,13 +364,19 @@ void normal(const diffforce_internal_problem& p, const double* x, const double* 
         for (size_t k = begin; k < pairs.size(); ++k) place[pairs[k].b] = -1;
     }
 
+    // The sums of the first thread; without memory for them the results stay untouched.
+    std::vector<double> first_h(static_cast<size_t>(n_padded * n_padded), 0.0);
     std::fill(matrix, matrix + n_coef * n_coef, 0.0);
     std::fill(vector, vector + n_coef, 0.0);
     std::fill(lap, lap + n_coef, 0.0);
     std::mutex guard;
     constexpr int64_t chunk = 32;
-    parallel(p.n_frames, resolve_threads(n_threads), [&](int64_t begin, int64_t end, int) {
-        std::vector<double> h(n_padded * n_padded, 0.0), b(n_padded, 0.0), l(n_padded, 0.0);
+    parallel(p.n_frames, resolve_threads(n_threads), [&](int64_t begin, int64_t end, int thread) {
+        std::vector<double> h, b(n_padded, 0.0), l(n_padded, 0.0);
+        if (thread == 0)
+            h.swap(first_h);
+        else
+            h.assign(static_cast<size_t>(n_padded * n_padded), 0.0);
         std::vector<Sample> samples(n_inst * chunk);
         std::vector<Vec<double>> position(n), aim(n);
         for (int64_t f0 = begin; f0 < end; f0 += chunk) {
@@ -396,8 +410,8 @@ void normal(const diffforce_internal_problem& p, const double* x, const double* 
                     if (!std::isfinite(squared + trace))
                         fail(DIFFFORCE_NOT_FINITE,
                              "x: expected atoms that are neither coincident nor collinear, found "
-                             "such in instance %lld of frame %lld", static_cast<long long>(i),
-                             static_cast<long long>(f0 + f));
+                             "such in instance %lld of frame %lld",
+                             static_cast<long long>(i), static_cast<long long>(f0 + f));
                     const double bend = at.over == 0.0 ? squared * inverse_h * inverse_h : 0.0;
                     for (int k = 0; k < 4; ++k) {
                         s.slope[k] *= inverse_h;
@@ -462,7 +476,7 @@ int diffforce_internal_action(const diffforce_internal_problem* problem, const v
                               static_cast<float*>(grad_x), static_cast<float*>(d_sigma));
         else
             fail(DIFFFORCE_BAD_DTYPE, "dtype: expected float32 (0) or float64 (1), found %d",
-                 static_cast<int>(problem->dtype));
+                 problem->dtype);
     });
 }
 
@@ -478,11 +492,10 @@ int diffforce_internal_action_hvp(const diffforce_internal_problem* problem, con
         require_frames(problem, h_x, "h_x");
         require_frames(problem, h_sigma, "h_sigma");
         if (problem->dtype == DIFFFORCE_FLOAT64)
-            diffforce::action_hvp(*problem, static_cast<const double*>(x),
-                                  static_cast<const double*>(sigma),
-                                  static_cast<const double*>(v_x),
-                                  static_cast<const double*>(v_sigma), static_cast<double*>(h_x),
-                                  static_cast<double*>(h_sigma));
+            diffforce::action_hvp(
+                *problem, static_cast<const double*>(x), static_cast<const double*>(sigma),
+                static_cast<const double*>(v_x), static_cast<const double*>(v_sigma),
+                static_cast<double*>(h_x), static_cast<double*>(h_sigma));
         else if (problem->dtype == DIFFFORCE_FLOAT32)
             diffforce::action_hvp(*problem, static_cast<const float*>(x),
                                   static_cast<const float*>(sigma), static_cast<const float*>(v_x),
@@ -490,7 +503,7 @@ int diffforce_internal_action_hvp(const diffforce_internal_problem* problem, con
                                   static_cast<float*>(h_sigma));
         else
             fail(DIFFFORCE_BAD_DTYPE, "dtype: expected float32 (0) or float64 (1), found %d",
-                 static_cast<int>(problem->dtype));
+                 problem->dtype);
     });
 }
 
@@ -508,8 +521,7 @@ int diffforce_internal_normal(const diffforce_internal_problem* problem, const d
             require(lap, "lap");
         }
         if (problem->dtype != DIFFFORCE_FLOAT64)
-            fail(DIFFFORCE_BAD_DTYPE, "dtype: expected float64 (1), found %d",
-                 static_cast<int>(problem->dtype));
+            fail(DIFFFORCE_BAD_DTYPE, "dtype: expected float64 (1), found %d", problem->dtype);
         if (n_threads < 0)
             fail(DIFFFORCE_BAD_SHAPE, "n_threads: expected 0 or more, found %d", n_threads);
         diffforce::normal(*problem, x, target, n_threads, a, b, lap);

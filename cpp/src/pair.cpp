@@ -53,7 +53,8 @@ Arrays<T> check(const diffforce_pair_problem& p, bool has_box) {
     for (int64_t t = 0; t < p.n_types; ++t)
         if (!std::isfinite(out.r_grid[2 * t]) || !std::isfinite(out.r_grid[2 * t + 1]) ||
             !(out.r_grid[2 * t + 1] > T(0)))
-            fail(DIFFFORCE_BAD_GRID, "r_grid: expected finite lo and h > 0, found %g, %g in type %lld",
+            fail(DIFFFORCE_BAD_GRID,
+                 "r_grid: expected finite lo and h > 0, found %g, %g in type %lld",
                  static_cast<double>(out.r_grid[2 * t]), static_cast<double>(out.r_grid[2 * t + 1]),
                  static_cast<long long>(t));
     check_knots(out.lam_knots, p.n_lam, "lam_knots");
@@ -86,7 +87,8 @@ void check_box(const T* b, double cutoff, int64_t frame) {
         std::fabs(bx) > 0.5 * ax + slack || std::fabs(cx) > 0.5 * ax + slack ||
         std::fabs(cy) > 0.5 * by + slack)
         fail(DIFFFORCE_BAD_BOX,
-             "box: expected OpenMM's reduced form (lower triangular, positive diagonal, off-diagonal "
+             "box: expected OpenMM's reduced form (lower triangular, positive diagonal, "
+             "off-diagonal "
              "at most half of it), found [%g %g %g; %g %g %g; %g %g %g] in frame %lld",
              ax, static_cast<double>(b[1]), static_cast<double>(b[2]), bx, by,
              static_cast<double>(b[5]), cx, cy, cz, static_cast<long long>(frame));
@@ -94,7 +96,8 @@ void check_box(const T* b, double cutoff, int64_t frame) {
     if (cutoff > 0.5 * width * (1.0 + 1e-6))
         fail(DIFFFORCE_BAD_BOX,
              "box: expected a smallest width of at least twice the cutoff %g nm, found %g nm in "
-             "frame %lld", cutoff, width, static_cast<long long>(frame));
+             "frame %lld",
+             cutoff, width, static_cast<long long>(frame));
 }
 
 /// Nearest image of a displacement; box in reduced form.
@@ -257,8 +260,8 @@ DIFFFORCE_INLINE bool prefilter(const diffforce_pair_problem& p, const T* box, c
 
 template <typename T>
 DIFFFORCE_INLINE void frame_fast(const diffforce_pair_problem& p, const Rows<T, T>& rows,
-                                 const T* r_grid, const T* box, bool cut, const Vec<T>* x, Vec<T>* g,
-                                 Sums<T>& sums, Scratch<T, T>& s) {
+                                 const T* r_grid, const T* box, bool cut, const Vec<T>* x,
+                                 Vec<T>* g, Sums<T>& sums, Scratch<T, T>& s) {
     if (p.n_sites == 0 || p.n_env == 0) return;
     const size_t n_env = static_cast<size_t>(p.n_env);
     if (s.dx.size() < n_env)
@@ -322,15 +325,15 @@ DIFFFORCE_INLINE void blend_all(const Rows<T, S>& rows, int64_t n_types, S* read
 
 // The clones: one body for each instruction set.
 #define DIFFFORCE_BODY(T, suffix)                                                                 \
-    DIFFFORCE_CLONES void fast_##suffix(const diffforce_pair_problem& p, const Rows<T, T>& rows,   \
-                                        const T* r_grid, const T* box, bool cut, const Vec<T>* x,  \
-                                        Vec<T>* g, Sums<T>& sums, Scratch<T, T>& s) {              \
+    DIFFFORCE_CLONES void fast_##suffix(const diffforce_pair_problem& p, const Rows<T, T>& rows,  \
+                                        const T* r_grid, const T* box, bool cut, const Vec<T>* x, \
+                                        Vec<T>* g, Sums<T>& sums, Scratch<T, T>& s) {             \
         if (box != nullptr)                                                                       \
             frame_fast(p, rows, r_grid, box, cut, x, g, sums, s);                                 \
         else                                                                                      \
-            frame_fast(p, rows, r_grid, static_cast<const T*>(nullptr), cut, x, g, sums, s);       \
+            frame_fast(p, rows, r_grid, static_cast<const T*>(nullptr), cut, x, g, sums, s);      \
     }                                                                                             \
-    DIFFFORCE_CLONES void blend_##suffix(const Rows<T, T>& rows, int64_t n_types, T* ready) {      \
+    DIFFFORCE_CLONES void blend_##suffix(const Rows<T, T>& rows, int64_t n_types, T* ready) {     \
         blend_all(rows, n_types, ready);                                                          \
     }
 DIFFFORCE_BODY(float, f32)
@@ -418,7 +421,8 @@ void run(const diffforce_pair_problem& p, const T* x, const T* sigma, const T* l
                 s.last_lam = lam[f];
             }
             Rows<T, S> rows{arrays.table, s.blends.data(), static_cast<int64_t>(s.blends.size()),
-                            p.n_lam, p.n_noise, p.n_coef, nullptr};
+                            p.n_lam,      p.n_noise,       p.n_coef,
+                            nullptr};
             if (ahead) {
                 if (!same) blend(rows, p.n_types, s.ready.data());
                 rows.ready = s.ready.data();
@@ -442,7 +446,8 @@ void require_result(double value, int64_t frame) {
     if (!std::isfinite(value))
         fail(DIFFFORCE_NOT_FINITE,
              "result: expected a finite value and gradient, found none in frame %lld; are all "
-             "entries of table finite?", static_cast<long long>(frame));
+             "entries of table finite?",
+             static_cast<long long>(frame));
 }
 
 template <typename T>
@@ -520,11 +525,10 @@ int diffforce_pair_operator(const diffforce_pair_problem* problem, const void* x
         }
         const auto call = [&](auto zero) {
             using T = decltype(zero);
-            diffforce::pair_operator(*problem, static_cast<const T*>(x),
-                                     static_cast<const T*>(sigma), static_cast<const T*>(lam),
-                                     static_cast<const T*>(box), static_cast<T*>(value),
-                                     static_cast<T*>(grad_x), static_cast<T*>(d_sigma),
-                                     static_cast<T*>(d_lam));
+            diffforce::pair_operator(
+                *problem, static_cast<const T*>(x), static_cast<const T*>(sigma),
+                static_cast<const T*>(lam), static_cast<const T*>(box), static_cast<T*>(value),
+                static_cast<T*>(grad_x), static_cast<T*>(d_sigma), static_cast<T*>(d_lam));
         };
         if (problem->dtype == DIFFFORCE_FLOAT64)
             call(double{});
@@ -532,7 +536,7 @@ int diffforce_pair_operator(const diffforce_pair_problem* problem, const void* x
             call(float{});
         else
             fail(DIFFFORCE_BAD_DTYPE, "dtype: expected float32 (0) or float64 (1), found %d",
-                 static_cast<int>(problem->dtype));
+                 problem->dtype);
     });
 }
 
@@ -567,7 +571,7 @@ int diffforce_pair_operator_hvp(const diffforce_pair_problem* problem, const voi
             call(float{});
         else
             fail(DIFFFORCE_BAD_DTYPE, "dtype: expected float32 (0) or float64 (1), found %d",
-                 static_cast<int>(problem->dtype));
+                 problem->dtype);
     });
 }
 

@@ -3,7 +3,9 @@
 
 extern "C" {
 
-int diffforce_has_cuda(void) { return 0; }
+int diffforce_has_cuda(void) {
+    return 0;
+}
 
 int diffforce_pair_operator_cuda(const diffforce_pair_problem*, const void*, const void*,
                                  const void*, const void*, void*, void*, void*, void*, void*) {

@@ -12,7 +12,7 @@
 namespace diffforce {
 namespace {
 
-using Handle = void*;         // AtenTensorHandle
+using Handle = void*;           // AtenTensorHandle
 using StableIValue = uint64_t;  // as LibTorch's C shim passes arguments: handles are owned
 using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
 
@@ -88,8 +88,10 @@ void find_shim() {
     DIFFFORCE_FIND(dtype_int64);
     DIFFFORCE_FIND(device_type_cpu);
     if (missing != nullptr)
-        fail(DIFFFORCE_NO_TORCH, "expected a loaded LibTorch (import torch, >= 2.9, first) with the "
-             "symbol %s, found none", missing);
+        fail(DIFFFORCE_NO_TORCH,
+             "expected a loaded LibTorch (import torch, >= 2.9, first) with the "
+             "symbol %s, found none",
+             missing);
     void* cuda = open_loaded("libtorch_cuda.so", "libtorch_cuda.dylib");
     if (cuda != nullptr) {
         const char* unused = nullptr;
@@ -294,9 +296,9 @@ void* pointer(const Tensor& tensor) {
 
 // ---------------------------------------------------------------- pair operator
 
-#define DIFFFORCE_PAIR_ARGS                                                                  \
-    "Tensor x, Tensor sigma, Tensor lam, Tensor box, Tensor sites, Tensor env, "             \
-    "Tensor pair_type, Tensor table, Tensor r_grid, Tensor lam_knots, Tensor sigma_knots, "  \
+#define DIFFFORCE_PAIR_ARGS                                                                 \
+    "Tensor x, Tensor sigma, Tensor lam, Tensor box, Tensor sites, Tensor env, "            \
+    "Tensor pair_type, Tensor table, Tensor r_grid, Tensor lam_knots, Tensor sigma_knots, " \
     "float r_switch, float r_cutoff, bool integrated"
 
 struct PairInputs {
@@ -393,8 +395,8 @@ void pair_operator_hvp_cpu(StableIValue* stack, uint64_t, uint64_t) {
 
 // ---------------------------------------------------------------- internal coordinates
 
-#define DIFFFORCE_INTERNAL_ARGS                                                       \
-    "Tensor x, Tensor sigma, Tensor atoms, Tensor cls, Tensor kind, Tensor grid, "    \
+#define DIFFFORCE_INTERNAL_ARGS                                                    \
+    "Tensor x, Tensor sigma, Tensor atoms, Tensor cls, Tensor kind, Tensor grid, " \
     "Tensor offsets, Tensor coef, Tensor sigma_knots"
 
 struct InternalInputs {
@@ -523,19 +525,19 @@ void register_operators() {
     find_shim();
     // The library objects live as long as the process: deleting them takes the operators away.
     void* library = nullptr;
-    check_registration(
-        shim.library_init_fragment("diffforce", "diffforce", __LINE__, &library), "the namespace");
+    check_registration(shim.library_init_fragment("diffforce", "diffforce", __LINE__, &library),
+                       "the namespace");
     for (const Operator& op : operators)
         check_registration(shim.library_def(library, op.schema), op.name);
     void* cpu = nullptr;
-    check_registration(
-        shim.library_init_impl("diffforce", "CPU", "diffforce", __LINE__, &cpu), "the CPU key");
+    check_registration(shim.library_init_impl("diffforce", "CPU", "diffforce", __LINE__, &cpu),
+                       "the CPU key");
     for (const Operator& op : operators)
         check_registration(shim.library_impl(cpu, op.name, op.cpu), op.name);
     if (diffforce_has_cuda() == 0 || shim.get_current_cuda_stream == nullptr) return;
     void* cuda = nullptr;
-    check_registration(
-        shim.library_init_impl("diffforce", "CUDA", "diffforce", __LINE__, &cuda), "the CUDA key");
+    check_registration(shim.library_init_impl("diffforce", "CUDA", "diffforce", __LINE__, &cuda),
+                       "the CUDA key");
     for (const Operator& op : operators)
         if (op.cuda != nullptr)
             check_registration(shim.library_impl(cuda, op.name, op.cuda), op.name);
