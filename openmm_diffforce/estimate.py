@@ -888,10 +888,7 @@ def reweight(
     sampled = sorted({int(k) for k in table.state})
     n_k = np.array([len(table.rows(k)) for k in sampled])
     u_kn = table.frame.to_numpy(dtype=np.float64)[:, sampled].T
-    if len(sampled) > 1:
-        f_k = np.asarray(_fit_mbar(u_kn, n_k).f_k, dtype=np.float64)
-    else:
-        f_k = np.zeros(1)
+    f_k = np.asarray(_fit_mbar(u_kn, n_k).f_k) if len(sampled) > 1 else np.zeros(1)
     p_kn, log_mixture = _posteriors(u_kn, f_k, n_k)
     log_w = -u_ln - log_mixture
     f = -logsumexp(log_w, axis=1)

@@ -51,7 +51,7 @@ def test_operator_against_numbers_by_hand() -> None:
         for row in ((q, sigma, eps), (0.3, 0.3, 0.5), (-0.2, 0.25, 0.7)):
             out.addParticle(12.0)
             force.addParticle(*row)
-        force.addException(0, 2, 0.05 * q, 0.3, 0.1 * eps)
+        force.addException(2, 0, 0.05 * q, 0.3, 0.1 * eps)
         out.addForce(force)
         return out
 
@@ -101,9 +101,7 @@ def test_bonded_differences_and_term_order() -> None:
         return out
 
     x = np.random.default_rng(2).normal(size=(5, 4, 3)) * 0.1 + np.arange(4)[None, :, None] * 0.1
-    pair = alchemy.EndStatePair(
-        system(500.0, False, 0.0), system(900.0, True, 1.0), topology_of(4), 300.0
-    )
+    pair = alchemy.EndStatePair(system(500.0, False, 0.0), system(900.0, True, 1.0), topology_of(4), 300.0)
     mixed = assert_linear(pair, x)
     kinds = {type(f).__name__ for f in mixed.getForces()}
     assert kinds == {
@@ -138,9 +136,7 @@ def test_force_of_one_end_only() -> None:
     extra.addGlobalParameter("a", 2.0)
     extra.addBond(0, 1)
     two.addForce(extra)
-    assert_linear(
-        alchemy.EndStatePair(one, two, topology_of(2), 300.0), np.array([[[0, 0, 0], [0.2, 0, 0]]])
-    )
+    assert_linear(alchemy.EndStatePair(one, two, topology_of(2), 300.0), np.array([[[0, 0, 0], [0.2, 0, 0]]]))
 
 
 def parameter_system() -> mm.System:

@@ -395,6 +395,20 @@ def test_reweighting_to_other_ends() -> None:
         e.reweight(u_nk, targets[:-1])
 
 
+def test_errors_of_reweighting_are_pymbars() -> None:
+    from pymbar import MBAR
+
+    u_nk, _ = harmonic_tables(3, shift=0.0)
+    x2 = 2 * u_nk[0.0].to_numpy()
+    targets = 0.5 * x2[:, None] * np.array([0.8, 8.0, 3.0])
+    found = e.reweight(u_nk, targets, decorrelate=False)
+    mbar = MBAR(u_nk.to_numpy().T, np.full(5, 400), solver_protocol="robust")
+    theirs = mbar.compute_perturbed_free_energies(targets.T)
+    assert np.allclose(found.f, theirs["Delta_f"][0], atol=1e-6)
+    for i, c in ((1, [-1, 1, 0]), (2, [-1, 0, 1])):
+        assert found.contrast(c)[1] == pytest.approx(theirs["dDelta_f"][0, i], rel=0.05)
+
+
 def test_standard_score() -> None:
     a, b = e.Estimate("a", 1.0, 0.0, 300.0), e.Estimate("b", 1.0, 0.0, 300.0)
     assert e.standard_score(a, b) == 0.0
