@@ -1,3 +1,59 @@
-"""A diffusion model of a molecule, used as a force in OpenMM."""
+"""A diffusion model of a molecule, used as a force in OpenMM.
+
+The public names are imported on first use, so that ``import openmm_diffforce`` is instant and
+loads neither torch nor OpenMM.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .alanine import alanine_case as alanine_case
+    from .alchemy import EndStatePair as EndStatePair
+    from .alchemy import lambda_states as lambda_states
+    from .artefact import export_artefact as export_artefact
+    from .artefact import load_artefact as load_artefact
+    from .errors import DiffForceError as DiffForceError
+    from .force import DiffusionForce as DiffusionForce
+    from .force import force_from_manifest as force_from_manifest
+    from .models.action import ActionModel as ActionModel
+    from .models.graph import MolecularGraph as MolecularGraph
+    from .models.physics import PhysicalModel as PhysicalModel
+    from .schedule import VESchedule as VESchedule
+    from .schedule import VPSchedule as VPSchedule
+    from .systems import graph_from_topology as graph_from_topology
+    from .training import fit_physical_model as fit_physical_model
+    from .windows import run_windows as run_windows
+
+_HOME = {
+    "ActionModel": "models.action",
+    "DiffForceError": "errors",
+    "DiffusionForce": "force",
+    "EndStatePair": "alchemy",
+    "MolecularGraph": "models.graph",
+    "PhysicalModel": "models.physics",
+    "VESchedule": "schedule",
+    "VPSchedule": "schedule",
+    "alanine_case": "alanine",
+    "export_artefact": "artefact",
+    "fit_physical_model": "training",
+    "force_from_manifest": "force",
+    "graph_from_topology": "systems",
+    "lambda_states": "alchemy",
+    "load_artefact": "artefact",
+    "run_windows": "windows",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -88,12 +88,8 @@ def _console() -> Console:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("demo"),
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with settings of the demonstration.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Under a minute; the numbers mean little.")
-    ] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings of the demonstration.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute; the numbers mean little.")] = False,
     seed: Annotated[int | None, typer.Option(help="Every random number follows from it.")] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:
@@ -259,9 +255,7 @@ def _gpu() -> Finding:
     import openmm
     import torch
 
-    platforms = {
-        openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())
-    }
+    platforms = {openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())}
     if not torch.cuda.is_available():
         return Finding("GPU", "PASS", "none for PyTorch; everything runs on the CPU")
     name = torch.cuda.get_device_name(0)
@@ -311,13 +305,9 @@ def examine() -> list[Finding]:
 def doctor() -> None:
     """What is installed, what works, and the cure for what does not."""
     findings = examine()
-    table = Table(
-        "", "part", "found", title=f"openmm_diffforce {__version__}", title_justify="left"
-    )
+    table = Table("", "part", "found", title=f"openmm_diffforce {__version__}", title_justify="left")
     for finding in findings:
-        table.add_row(
-            Text(finding.status, STYLES[finding.status]), Text(finding.name), Text(finding.found)
-        )
+        table.add_row(Text(finding.status, STYLES[finding.status]), Text(finding.name), Text(finding.found))
     console = _console()
     console.print(table)
     for finding in findings:

@@ -43,16 +43,12 @@ class DemoSettings(Settings):
     interval: Count = Field(default=500, description="steps between training frames")
     n_equil: int = Field(default=20000, ge=0, description="steps thrown away before every run")
     n_test: Count = Field(default=1000, ge=20, description="held-out frames per end state")
-    n_draws: Count = Field(
-        default=2, description="noise draws per frame and noise level in the fit"
-    )
+    n_draws: Count = Field(default=2, description="noise draws per frame and noise level in the fit")
     sigma_max: Positive = Field(default=0.05, description="noise at t = 1 [nm]")
     n_windows: Count = Field(default=11, ge=2, description="lambda windows")
     window_frames: Count = Field(default=200, ge=20, description="frames per window")
     window_interval: Count = Field(default=500, description="steps between frames of a window")
-    base_frames: Count = Field(
-        default=400, ge=20, description="frames of the run on the base action alone"
-    )
+    base_frames: Count = Field(default=400, ge=20, description="frames of the run on the base action alone")
     base_interval: Count = Field(default=500, description="steps between them")
 
     @classmethod
@@ -88,17 +84,13 @@ class SystemSettings(Settings):
     end_states: tuple[Path, Path] | None = Field(
         default=None, description="two System XML files of the same particles"
     )
-    xml: Path | None = Field(
-        default=None, description="one System XML file with its own parameters"
-    )
+    xml: Path | None = Field(default=None, description="one System XML file with its own parameters")
 
     @model_validator(mode="after")
     def _one(self) -> "SystemSettings":
         given = [n for n in ("alanine", "end_states", "xml") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"expected exactly one of alanine, end_states, xml, found {given or 'none'}"
-            )
+            raise ValueError(f"expected exactly one of alanine, end_states, xml, found {given or 'none'}")
         return self
 
 
@@ -108,9 +100,7 @@ class ForceSettings(Settings):
     artefact: Path = Field(description="file written by export_artefact")
     mode: Literal["add", "operator"] = "operator"
     backend: Literal["auto", "torchforce", "python"] = "auto"
-    atoms: tuple[int, ...] | None = Field(
-        default=None, description="particles it acts on; all if absent"
-    )
+    atoms: tuple[int, ...] | None = Field(default=None, description="particles it acts on; all if absent")
 
 
 class StatesSettings(Settings):
@@ -124,9 +114,7 @@ class WindowsSettings(Settings):
     """One run of lambda windows; :func:`window_arguments` turns it into arguments."""
 
     system: SystemSettings
-    topology: Path | None = Field(
-        default=None, description="PDB file: topology and start; not with alanine"
-    )
+    topology: Path | None = Field(default=None, description="PDB file: topology and start; not with alanine")
     restrain_phi: bool = Field(False, description="alanine only: keep phi out of C7ax")
     force: ForceSettings | None = None
     states: StatesSettings | list[dict[str, float]] = StatesSettings()
@@ -150,11 +138,7 @@ class WindowsSettings(Settings):
             raise ValueError("topology belongs to end_states or xml; alanine brings its own")
         if self.system.alanine is None and self.restrain_phi:
             raise ValueError("restrain_phi belongs to alanine")
-        if (
-            self.system.xml is not None
-            and isinstance(self.states, StatesSettings)
-            and not self.force
-        ):
+        if self.system.xml is not None and isinstance(self.states, StatesSettings) and not self.force:
             raise ValueError(
                 "states: a System from xml has parameters of its own; list the states as "
                 "[{parameter: value}, ...]"

@@ -198,9 +198,7 @@ class Record(Section):
         if n["FAIL"]:
             return Verdict(status="FAIL", text=f"{n['FAIL']} of {len(self.checks)} checks failed.")
         if n["WARN"]:
-            return Verdict(
-                status="WARN", text=f"{n['WARN']} of {len(self.checks)} checks gave a warning."
-            )
+            return Verdict(status="WARN", text=f"{n['WARN']} of {len(self.checks)} checks gave a warning.")
         return Verdict(status="PASS", text=f"All {len(self.checks)} checks passed.")
 
 
@@ -278,9 +276,7 @@ def _units(value: float | None, error: float | None, kT: float | None) -> dict[s
     if kT is not None:
         factors |= {"kJ/mol": kT, "kcal/mol": kT / KJ_PER_KCAL}
     return {
-        name: with_error(
-            None if value is None else value * factor, None if error is None else error * factor
-        )
+        name: with_error(None if value is None else value * factor, None if error is None else error * factor)
         for name, factor in factors.items()
     }
 
@@ -336,9 +332,7 @@ def _differences(record: Record, kT: float | None) -> list[dict[str, Any]]:
     rows = []
     both = record.windows
     if both and both.learned and both.classical:
-        a, b = (
-            _kt(w.estimate.get("estimates", {}).get("MBAR")) for w in (both.learned, both.classical)
-        )
+        a, b = (_kt(w.estimate.get("estimates", {}).get("MBAR")) for w in (both.learned, both.classical))
         if None not in (a[0], b[0]):
             difference = a[0] - b[0]  # type: ignore[operator]
             error = math.hypot(a[1] or 0.0, b[1] or 0.0)
@@ -392,9 +386,7 @@ def _forest(rows: Sequence[Mapping[str, Any]]) -> str:
         colour = _COLOURS[row["mark"]]
         error = row["error"] or 0.0
         label = html.escape(f"{row['group']}: {row['name']}")
-        out.append(
-            f'<text x="{left - 14}" y="{y + 4}" text-anchor="end" fill="#222">{label}</text>'
-        )
+        out.append(f'<text x="{left - 14}" y="{y + 4}" text-anchor="end" fill="#222">{label}</text>')
         out.append(
             f'<line x1="{place(row["value"] - error):.1f}" x2="{place(row["value"] + error):.1f}" '
             f'y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
@@ -452,8 +444,7 @@ def _matrix(matrix: Any, states: Any, title: str) -> str:
             shade = min(1.0, p / top) ** 0.8
             rgb = tuple(round(255 + shade * (c - 255)) for c in (23, 78, 120))
             out.append(
-                f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="rgb{rgb}" '
-                'stroke="#ffffff"/>'
+                f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="rgb{rgb}" stroke="#ffffff"/>'
             )
             if show and p >= 0.005:
                 ink = "#ffffff" if shade > 0.5 else "#222222"
