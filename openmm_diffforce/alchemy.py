@@ -180,10 +180,7 @@ class EndStatePair:
             For positions that do not fit.
         """
         x = check_frames(x_nad, self.n_atoms)
-        both = [
-            evaluate_frames(s, x, box=box, platform=platform)[0]
-            for s in (self.system_0, self.system_1)
-        ]
+        both = [evaluate_frames(s, x, box=box, platform=platform)[0] for s in (self.system_0, self.system_1)]
         return np.stack(both, axis=1) / self.kT
 
     def operator_values(
@@ -259,9 +256,7 @@ class EndStatePair:
 
 
 def _default_parameters(system: mm.System) -> dict[str, float]:
-    context = mm.Context(
-        system, mm.VerletIntegrator(0.001), mm.Platform.getPlatformByName("Reference")
-    )
+    context = mm.Context(system, mm.VerletIntegrator(0.001), mm.Platform.getPlatformByName("Reference"))
     return dict(context.getParameters())
 
 
@@ -288,8 +283,7 @@ def _check_parameters(system_0: mm.System, system_1: mm.System, parameter: str) 
             )
     if parameter in found_0 or parameter in found_1:
         raise IncompatibleSystemError(
-            f"parameter: {parameter!r} is a context parameter of an end state already; choose "
-            "another name."
+            f"parameter: {parameter!r} is a context parameter of an end state already; choose another name."
         )
 
 
@@ -314,9 +308,7 @@ def _matched_forces(
     return pairs
 
 
-def _mix_forces(
-    force_0: mm.Force | None, force_1: mm.Force | None, parameter: str
-) -> list[mm.Force]:
+def _mix_forces(force_0: mm.Force | None, force_1: mm.Force | None, parameter: str) -> list[mm.Force]:
     one = force_0 if force_0 is not None else force_1
     assert one is not None  # pairs are never empty
     name = force_type(one)
@@ -403,9 +395,7 @@ def _mix_bonded(force_0: Any, force_1: Any, parameter: str) -> list[mm.Force]:
     return [base, *found] if shared else found
 
 
-def _bonded_terms(
-    force: Any, what: str, n_atoms: int
-) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+def _bonded_terms(force: Any, what: str, n_atoms: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
     found = []
     for i in range(getattr(force, f"getNum{what}s")()):
         fields = getattr(force, f"get{what}Parameters")(i)
@@ -456,12 +446,8 @@ def _pair_coefficients(force: mm.NonbondedForce) -> tuple[FloatArray, FloatArray
     return qq, c12, c6
 
 
-def _mix_nonbonded(
-    force_0: mm.NonbondedForce, force_1: mm.NonbondedForce, parameter: str
-) -> list[mm.Force]:
-    deltas = [
-        b - a for a, b in zip(_pair_coefficients(force_0), _pair_coefficients(force_1), strict=True)
-    ]
+def _mix_nonbonded(force_0: mm.NonbondedForce, force_1: mm.NonbondedForce, parameter: str) -> list[mm.Force]:
+    deltas = [b - a for a, b in zip(_pair_coefficients(force_0), _pair_coefficients(force_1), strict=True)]
     # A common atom's pair may differ in the last bit: that is a difference too, and is kept.
     changed = np.argwhere(np.triu((deltas[0] != 0) | (deltas[1] != 0) | (deltas[2] != 0), 1))
     mixed = mm.CustomBondForce(f"{parameter}*(dqq/r + dc12*s^2 - dc6*s); s=1/r^6")
@@ -566,16 +552,12 @@ def perturb_nonbonded(
         if len(values) != 3 or not all(math.isfinite(v) for v in values):
             raise InputError(f"changes: expected (q, sigma, epsilon) for {atom}, found {values}.")
         if values[1] <= 0 or values[2] < 0:
-            raise InputError(
-                f"changes: expected sigma > 0 and epsilon >= 0 for {atom}, found {values}."
-            )
+            raise InputError(f"changes: expected sigma > 0 and epsilon >= 0 for {atom}, found {values}.")
         rows[int(atom)] = [float(v) for v in values]
     touched = {int(a) for a in changes}
     if neutralize_on is not None:
         if not 0 <= neutralize_on < n or neutralize_on in touched:
-            raise InputError(
-                f"neutralize_on: expected an unchanged atom in [0, {n}), found {neutralize_on}."
-            )
+            raise InputError(f"neutralize_on: expected an unchanged atom in [0, {n}), found {neutralize_on}.")
         rows[neutralize_on][0] -= sum(rows[a][0] - old[a][0] for a in touched)
         touched.add(neutralize_on)
     for atom in touched:

@@ -6,7 +6,9 @@ Figures are plain :class:`matplotlib.figure.Figure` objects: no pyplot, no globa
 import io
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +23,7 @@ from .units import MOLAR_GAS_CONSTANT, to_md
 FloatArray = npt.NDArray[np.float64]
 
 
-def load_trajectory(
-    path: str | os.PathLike[str], topology: str | os.PathLike[str]
-) -> md.Trajectory:
+def load_trajectory(path: str | os.PathLike[str], topology: str | os.PathLike[str]) -> md.Trajectory:
     """Load a DCD or XTC trajectory with its PDB.
 
     Raises
@@ -32,11 +32,24 @@ def load_trajectory(
         If a file cannot be read, or they have different atoms.
     """
     try:
-        return md.load(os.fspath(path), top=os.fspath(topology))
+        with _quiet_stdout():
+            return md.load(os.fspath(path), top=os.fspath(topology))
     except (OSError, ValueError, RuntimeError, TypeError) as err:
-        raise InputError(
-            f"{path}: expected a trajectory of the atoms in {topology}, found {err}."
-        ) from err
+        raise InputError(f"{path}: expected a trajectory of the atoms in {topology}, found {err}.") from err
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Keep the DCD plugin's remarks, printed by C code at every file, off the terminal."""
+    sys.stdout.flush()
+    kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(sink)
 
 
 def trajectory_of(x_nad: Any, topology: Any) -> md.Trajectory:
@@ -106,10 +119,7 @@ def phi_psi(trajectory: md.Trajectory, *, residue: int = 0) -> FloatArray:
     psi_idx, psi = md.compute_psi(trajectory)
     # phi is C-N-CA-C, psi N-CA-C-N: they belong together where they share N, CA, C.
     pairs = [
-        (i, j)
-        for i, a in enumerate(phi_idx)
-        for j, b in enumerate(psi_idx)
-        if tuple(a[1:]) == tuple(b[:3])
+        (i, j) for i, a in enumerate(phi_idx) for j, b in enumerate(psi_idx) if tuple(a[1:]) == tuple(b[:3])
     ]
     if not 0 <= residue < len(pairs):
         raise InputError(
@@ -218,8 +228,7 @@ def distribution(
         raise InputError(f"n_blocks, bins: expected >= 2 and >= 1, found {n_blocks}, {bins}.")
     if x.ndim != 1 or len(x) < n_blocks or not np.isfinite(x).all():
         raise InputError(
-            f"values: expected at least {n_blocks} finite numbers in one dimension, found shape "
-            f"{x.shape}."
+            f"values: expected at least {n_blocks} finite numbers in one dimension, found shape {x.shape}."
         )
     low, high = limits if limits is not None else (float(x.min()), float(x.max()))
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
@@ -243,9 +252,7 @@ def distribution(
 def _check_angles(name: str, angles: Any) -> FloatArray:
     a = np.asarray(angles, dtype=np.float64)
     if a.ndim != 2 or a.shape[1] != 2 or len(a) == 0 or not np.isfinite(a).all():
-        raise InputError(
-            f"{name}: expected finite angles [rad] of shape (n_frames, 2), found {a.shape}."
-        )
+        raise InputError(f"{name}: expected finite angles [rad] of shape (n_frames, 2), found {a.shape}.")
     if abs(a).max() > 2 * math.pi + 1e-6:
         raise InputError(
             f"{name}: expected radians, found a magnitude of {abs(a).max():.1f}; convert degrees "
@@ -444,9 +451,7 @@ def configurational_temperature(
     def force_at(points: FloatArray) -> FloatArray:
         f = np.asarray(forces(points), dtype=np.float64)
         if f.shape != points.shape or not np.isfinite(f).all():
-            raise InputError(
-                f"forces: expected finite forces of shape {points.shape}, found {f.shape}."
-            )
+            raise InputError(f"forces: expected finite forces of shape {points.shape}, found {f.shape}.")
         return f
 
     f_nad = force_at(x)
@@ -475,9 +480,7 @@ def configurational_temperature(
     )
 
 
-def _laplacians(
-    x: FloatArray, force_at: Callable[[FloatArray], FloatArray], step: float
-) -> FloatArray:
+def _laplacians(x: FloatArray, force_at: Callable[[FloatArray], FloatArray], step: float) -> FloatArray:
     """Laplacian of U at every frame [kJ/mol/nm^2]: minus the divergence of the forces."""
     n_atoms = x.shape[1]
     n_dof = 3 * n_atoms
@@ -668,9 +671,7 @@ def dhdl_figure(curves: Mapping[str, tuple[Any, Any, Any]]) -> Any:
     return figure
 
 
-def delta_f_figure(
-    values: Mapping[str, tuple[float, float]], *, reference: str | None = None
-) -> Any:
+def delta_f_figure(values: Mapping[str, tuple[float, float]], *, reference: str | None = None) -> Any:
     """Free-energy differences with their errors, one row each.
 
     Parameters

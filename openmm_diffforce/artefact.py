@@ -21,7 +21,7 @@ from . import __version__, ops
 from .errors import InputError, ModelError
 from .models.graph import MolecularGraph
 from .schedule import NoiseSchedule, schedule_from_json
-from .units import to_md, thermal_energy
+from .units import thermal_energy, to_md
 
 FORMAT_VERSION = 1
 """Version of the file format; other versions are refused."""
@@ -153,9 +153,10 @@ def export_artefact(
     weights = io.BytesIO()
     torch.jit.save(script, weights)
     body = io.BytesIO()
-    with zipfile.ZipFile(body, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("metadata.json", text)
-        archive.writestr("model.pt", weights.getvalue())
+    with zipfile.ZipFile(body, "w") as archive:
+        # Without dates: the same content is the same file.
+        archive.writestr(zipfile.ZipInfo("metadata.json"), text)
+        archive.writestr(zipfile.ZipInfo("model.pt"), weights.getvalue(), zipfile.ZIP_DEFLATED)
         archive.comment = b"0" * _DIGEST
     content = body.getvalue()[:-_DIGEST]
     digest = hashlib.sha256(content).hexdigest()
@@ -203,7 +204,9 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes, 
     except OSError as err:
         raise ModelError(f"artefact {path}: cannot be read ({err.strerror}).") from err
     if not content.startswith(b"PK") or len(content) <= _DIGEST:
-        raise ModelError(f"artefact {path}: expected a file written by export_artefact, found another kind of file.")
+        raise ModelError(
+            f"artefact {path}: expected a file written by export_artefact, found another kind of file."
+        )
     digest = content[-_DIGEST:].decode("ascii", "replace")
     if hashlib.sha256(content[:-_DIGEST]).hexdigest() != digest:
         raise ModelError(

@@ -4,6 +4,7 @@ Overlap is computed first. Below the gate the estimators are refused, because BA
 confident wrong numbers on ensembles that do not meet. Nothing here needs OpenMM's dynamics.
 """
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -340,6 +341,19 @@ def _check_u_nk(u_nk: Any, name: str = "u_nk") -> _Table:
     return _Table(frame=table, state=state[order], order=order)
 
 
+def _pymbar() -> Any:
+    """pymbar, without the advertisements that it logs as warnings when it is imported."""
+    logger = logging.getLogger("pymbar")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import pymbar
+        import pymbar.timeseries
+    finally:
+        logger.setLevel(level)
+    return pymbar
+
+
 def statistical_inefficiency(series: FloatArray) -> float:
     """g >= 1 of a time series by pymbar; 1 where nothing varies.
 
@@ -348,7 +362,7 @@ def statistical_inefficiency(series: FloatArray) -> float:
     >>> statistical_inefficiency(np.zeros(10))
     1.0
     """
-    from pymbar import timeseries
+    timeseries = _pymbar().timeseries
 
     a = np.asarray(series, dtype=np.float64)
     if len(a) < 4 or np.ptp(a) <= 1e-10 * max(1.0, abs(a).max()):
@@ -364,7 +378,7 @@ def _correlated_error(
     Frames are grouped by state, in time order. A state's g is the larger of its own and of the one
     pooled over all states: a short window that never saw a slow change finds no correlation.
     """
-    from pymbar import timeseries
+    timeseries = _pymbar().timeseries
 
     parts = np.split(influence, np.cumsum(n_k)[:-1])
     parts = [p - p.mean() for p in parts]
@@ -584,7 +598,7 @@ def _check_dhdl(dhdl: pd.DataFrame | None, u_nk: pd.DataFrame, table: _Table) ->
 
 
 def _fit_mbar(u_kn: FloatArray, n_k: npt.NDArray[np.int64]) -> Any:
-    from pymbar import MBAR
+    MBAR = _pymbar().MBAR
     from pymbar.utils import ConvergenceError as NotConverged
     from pymbar.utils import ParameterError
 

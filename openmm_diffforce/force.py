@@ -40,6 +40,10 @@ class _Evaluator(torch.nn.Module):
     y = alpha x with its chain rule, and kT.
     """
 
+    atoms: Tensor
+    parent: Tensor
+    path: Tensor
+
     def __init__(self, artefact: Artefact, atoms: np.ndarray, mode: str) -> None:
         super().__init__()
         self.model = artefact.model
@@ -50,7 +54,7 @@ class _Evaluator(torch.nn.Module):
         self.beta_min = float(beta_min)
         self.beta_max = float(beta_max)
         self.length = float(length)
-        self.double = artefact.metadata["dtype"] == "float64"
+        self.use_double = artefact.metadata["dtype"] == "float64"
         self.operator = mode == "operator"
         self.register_buffer("atoms", torch.as_tensor(atoms, dtype=torch.int64))
         parent, path = _spanning_tree(artefact.graph)
@@ -68,9 +72,7 @@ class _Evaluator(torch.nn.Module):
         shifts = self.path @ torch.stack([shift_a, shift_b, shift_c], dim=1)
         return x - shifts @ box
 
-    def evaluate(
-        self, x: Tensor, lam: Tensor, noise: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, x: Tensor, lam: Tensor, noise: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """E [1], forces [n_atoms, 3], dE/dlambda [1] for the model's atoms x [n_atoms, 3].
 
         Written for few torch operations: each costs microseconds in an MD step.
@@ -116,7 +118,7 @@ class _TorchForceModule(torch.nn.Module):
         x = positions
         if not self.every_atom:
             x = x[self.evaluator.atoms]
-        if self.evaluator.double:
+        if self.evaluator.use_double:
             return x.double()
         return x.float()
 
@@ -137,9 +139,7 @@ class _TorchForceModule(torch.nn.Module):
 
 
 class _OpenModule(_TorchForceModule):
-    def forward(
-        self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         positions = positions.data
         return self.finish(positions, self.chosen(positions), lam, noise, scale)
 
@@ -186,7 +186,7 @@ class _PythonComputation:
 
     def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[Tensor, ...]:
         e = self.evaluator
-        dtype = torch.float64 if e.double else torch.float32
+        dtype = torch.float64 if e.use_double else torch.float32
         values = state.getParameters()
         x = torch.as_tensor(state.getPositions(asNumpy=True)._value, dtype=dtype)
         if whole_system and self.subset:
@@ -194,9 +194,7 @@ class _PythonComputation:
         if self.periodic:
             vectors = state.getPeriodicBoxVectors(asNumpy=True)._value
             x = e.whole(x, torch.as_tensor(np.array(vectors), dtype=dtype))
-        lam, noise = (
-            torch.tensor([values[self.prefix + name]], dtype=dtype) for name in (LAMBDA, NOISE)
-        )
+        lam, noise = (torch.tensor([values[self.prefix + name]], dtype=dtype) for name in (LAMBDA, NOISE))
         with torch.no_grad():
             return e.evaluate(x, lam, noise, values[self.prefix + SCALE])
 
@@ -469,18 +467,14 @@ def _load_openmmtorch() -> Any:
     return openmmtorch
 
 
-def _matched_atoms(
-    artefact: Artefact, topology: app.Topology, atoms: Sequence[int] | None
-) -> np.ndarray:
+def _matched_atoms(artefact: Artefact, topology: app.Topology, atoms: Sequence[int] | None) -> np.ndarray:
     """Check elements and bonds of the chosen atoms against the artefact."""
     all_atoms = list(topology.atoms())
     n = artefact.graph.n_atoms
     chosen = np.arange(len(all_atoms)) if atoms is None else np.asarray(atoms)
     if chosen.ndim != 1 or len(chosen) != n or not np.issubdtype(chosen.dtype, np.integer):
         hint = "; pass atoms=[...] with the atoms that it acts on" if atoms is None else ""
-        raise ModelError(
-            f"atoms: expected the {n} atoms of the artefact, found {chosen.size}{hint}."
-        )
+        raise ModelError(f"atoms: expected the {n} atoms of the artefact, found {chosen.size}{hint}.")
     if len(set(chosen.tolist())) != n or chosen.min() < 0 or chosen.max() >= len(all_atoms):
         raise InputError(f"atoms: expected different indices below {len(all_atoms)}, found {atoms}.")
     for k, a in enumerate(chosen):
@@ -498,8 +492,7 @@ def _matched_atoms(
         i, j = bond[0].index, bond[1].index
         if (i in place) != (j in place):
             raise ModelError(
-                f"bond {i}-{j} crosses the boundary of the chosen atoms; the model acts on whole "
-                "molecules."
+                f"bond {i}-{j} crosses the boundary of the chosen atoms; the model acts on whole molecules."
             )
         if i in place:
             bonds.add(tuple(sorted((place[i], place[j]))))
@@ -537,13 +530,15 @@ class _PythonDiffusionForce(DiffusionForce, openmm.PythonForce):
         subset = atoms is not None
         self._computation = _PythonComputation(evaluator, prefix, periodic, subset)
         openmm.PythonForce.__init__(
-            self, self._computation, {prefix + LAMBDA: 0.0, prefix + NOISE: 0.0, prefix + SCALE: 1.0}
+            self,
+            self._computation,
+            {prefix + LAMBDA: 0.0, prefix + NOISE: 0.0, prefix + SCALE: 1.0},
         )
         if subset:
             self.setParticles([int(a) for a in self.atoms])
         self.setUsesPeriodicBoundaryConditions(periodic)
         self.setForceGroup(LEARNED_GROUP)
-        self.setName(f"DiffusionForce[{mode}]")
+        self.setName("DiffusionForce")
 
     def energy_derivative(self, context: openmm.Context) -> float:
         state = context.getState(positions=True, parameters=True)
@@ -581,7 +576,7 @@ def _torchforce_class() -> type[DiffusionForce]:
             self.addEnergyParameterDerivative(prefix + LAMBDA)
             self.setUsesPeriodicBoundaryConditions(periodic)
             self.setForceGroup(LEARNED_GROUP)
-            self.setName(f"DiffusionForce[{mode}]")
+            self.setName("DiffusionForce")
 
         def energy_derivative(self, context: openmm.Context) -> float:
             state = context.getState(parameterDerivatives=True, groups={self.getForceGroup()})
@@ -589,24 +584,3 @@ def _torchforce_class() -> type[DiffusionForce]:
 
     _TORCHFORCE_CLASS = _TorchDiffusionForce
     return _TORCHFORCE_CLASS
-
-
-def graph_from_topology(topology: app.Topology, atoms: Sequence[int] | None = None) -> MolecularGraph:
-    """Molecular graph of (a subset of) an OpenMM topology, bonds from the topology.
-
-    Raises
-    ------
-    InputError
-        If an atom has no element.
-    """
-    everything = list(topology.atoms())
-    chosen = range(len(everything)) if atoms is None else [int(a) for a in atoms]
-    place = {a: k for k, a in enumerate(chosen)}
-    elements = []
-    for a in chosen:
-        if everything[a].element is None:
-            raise InputError(f"atom {a} ({everything[a].name}): has no element in the topology.")
-        elements.append(everything[a].element.symbol)
-    bonds = [(place[b[0].index], place[b[1].index]) for b in topology.bonds()
-             if b[0].index in place and b[1].index in place]  # fmt: skip
-    return MolecularGraph(tuple(elements), tuple(bonds), tuple(everything[a].name for a in chosen))

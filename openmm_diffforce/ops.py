@@ -137,9 +137,7 @@ def noise_weights(sigma: Tensor, sigma_knots: Tensor) -> Tensor:
     first = m == 0
     safe_sigma = torch.where(first, torch.ones_like(sigma), sigma)
     safe_low = torch.where(first, torch.ones_like(low), low)
-    by_log = torch.log(safe_sigma / safe_low) / torch.log(
-        torch.where(first, 2.0 * safe_low, high) / safe_low
-    )
+    by_log = torch.log(safe_sigma / safe_low) / torch.log(torch.where(first, 2.0 * safe_low, high) / safe_low)
     upper = torch.where(first, (sigma / high) ** 2, by_log)
     weights = weights.scatter(1, m[:, None], (1.0 - upper)[:, None])
     return weights.scatter(1, m[:, None] + 1, upper[:, None])
@@ -174,9 +172,7 @@ def lambda_weights(lam: Tensor, lam_knots: Tensor, *, integrated: bool) -> Tenso
     n_knots = lam_knots.shape[0]
     _check_knots("lam_knots", lam_knots)
     if n_knots > 1 and abs(float(lam_knots[-1]) - 1.0) > 1e-6:
-        raise InputError(
-            f"lam_knots: expected the last knot to be 1, found {float(lam_knots[-1])}."
-        )
+        raise InputError(f"lam_knots: expected the last knot to be 1, found {float(lam_knots[-1])}.")
     slack = 1e-6 if lam.dtype == torch.float32 else 1e-12
     bad = ~((lam >= -slack) & (lam <= 1 + slack))
     if bool(bad.any()):
@@ -313,9 +309,7 @@ def reference_pair_operator(
                             sigma_knots, r_switch, r_cutoff, integrated)  # fmt: skip
         if not value.requires_grad:
             return value, torch.zeros_like(x), torch.zeros_like(sigma), torch.zeros_like(lam)
-        grads = torch.autograd.grad(
-            value.sum(), (x, sigma, lam), create_graph=graph, materialize_grads=True
-        )
+        grads = torch.autograd.grad(value.sum(), (x, sigma, lam), create_graph=graph, materialize_grads=True)
     out = (value, *grads)
     return out if graph else tuple(a.detach() for a in out)  # type: ignore[return-value]
 
@@ -355,9 +349,7 @@ def internal_coordinates(x: Tensor, atoms: Tensor) -> Tensor:
             value = torch.linalg.vector_norm(p[1] - p[0], dim=-1)
         elif count == ANGLE:
             a, b = p[0] - p[1], p[2] - p[1]
-            value = torch.atan2(
-                torch.linalg.vector_norm(torch.linalg.cross(a, b), dim=-1), (a * b).sum(-1)
-            )
+            value = torch.atan2(torch.linalg.vector_norm(torch.linalg.cross(a, b), dim=-1), (a * b).sum(-1))
         else:
             b1, b2, b3 = p[1] - p[0], p[2] - p[1], p[3] - p[2]
             m, n = torch.linalg.cross(b1, b2), torch.linalg.cross(b2, b3)
@@ -417,9 +409,7 @@ def reference_internal_action(
         x, sigma = (a if a.requires_grad else a.detach().clone().requires_grad_()
                     for a in (x, sigma))  # fmt: skip
         value = _internal_value(x, sigma, atoms, cls, kind, grid, offsets, coef, sigma_knots)
-        grads = torch.autograd.grad(
-            value.sum(), (x, sigma), create_graph=graph, materialize_grads=True
-        )
+        grads = torch.autograd.grad(value.sum(), (x, sigma), create_graph=graph, materialize_grads=True)
     out = (value, *grads)
     return out if graph else tuple(a.detach() for a in out)  # type: ignore[return-value]
 
@@ -488,6 +478,11 @@ def _call(op: str, *args: Any) -> Any:
     load()
     try:
         return getattr(torch.ops.diffforce, op)(*args)
+    except NotImplementedError as err:
+        raise InputError(
+            f"{op}: has no kernel for {args[0].device}: of all operators only pair_operator runs "
+            "on a GPU, without second derivatives; move the tensors to the CPU."
+        ) from err
     except RuntimeError as err:
         text = str(err).split("\nException raised from")[0]
         if f"diffforce::{op}:" not in text:
@@ -627,9 +622,7 @@ def _check_tensors(
     x = variables["x"]
     for name, value in (variables | reals | indices).items():
         if not isinstance(value, torch.Tensor):
-            raise InputError(
-                f"{op}: {name}: expected a torch.Tensor, found {type(value).__name__}."
-            )
+            raise InputError(f"{op}: {name}: expected a torch.Tensor, found {type(value).__name__}.")
     if x.dtype not in (torch.float32, torch.float64):
         raise InputError(f"{op}: x: expected float32 or float64, found {x.dtype}.")
     for name, value in (variables | reals | indices).items():

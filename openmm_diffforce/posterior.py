@@ -22,7 +22,14 @@ import openmm
 from openmm import unit
 
 from .errors import InputError
-from .systems import FloatArray, check_frames, clone_system, make_context, start_context, step_checked
+from .systems import (
+    FloatArray,
+    check_frames,
+    clone_system,
+    make_context,
+    start_context,
+    step_checked,
+)
 from .units import thermal_energy, to_md
 
 
@@ -112,9 +119,7 @@ def posterior_moments(
     if not (np.isfinite(level) and level > 0):
         raise InputError(f"sigma: expected a noise level > 0 nm, found {level!r}.")
     if n_samples < 2 * n_blocks or n_blocks < 2:
-        raise InputError(
-            f"n_samples: expected at least two per block ({2 * n_blocks}), found {n_samples}."
-        )
+        raise InputError(f"n_samples: expected at least two per block ({2 * n_blocks}), found {n_samples}.")
     y = check_frames(y, system.getNumParticles())
     restrained = clone_system(system)
     spring = openmm.CustomExternalForce("k_post/2*((x-x0)^2+(y-y0)^2+(z-z0)^2)")
@@ -149,9 +154,7 @@ def posterior_moments(
     return PosteriorMoments(*(np.array(column) for column in zip(*fields, strict=True)))
 
 
-def _moments(
-    x: FloatArray, o: FloatArray, y: FloatArray, sigma: float, n_blocks: int
-) -> tuple[Any, ...]:
+def _moments(x: FloatArray, o: FloatArray, y: FloatArray, sigma: float, n_blocks: int) -> tuple[Any, ...]:
     """The seven fields of :class:`PosteriorMoments` for one frame."""
     size = len(x) // n_blocks
     x, o = x[: size * n_blocks], o[: size * n_blocks]

@@ -17,6 +17,7 @@ from openmm import unit
 
 from .constants import RESTRAINT_GROUP
 from .errors import ConvergenceError, IncompatibleSystemError, InputError
+from .models.graph import MolecularGraph
 from .units import thermal_energy, to_md
 
 FloatArray = npt.NDArray[np.float64]
@@ -313,8 +314,7 @@ def check_same_particles(system_0: mm.System, system_1: mm.System) -> None:
         box_0, box_1 = _default_box(system_0), _default_box(system_1)
         if not np.array_equal(box_0, box_1):
             raise IncompatibleSystemError(
-                f"end states: expected equal default boxes, found {box_0.tolist()} and "
-                f"{box_1.tolist()} nm."
+                f"end states: expected equal default boxes, found {box_0.tolist()} and {box_1.tolist()} nm."
             )
 
 
@@ -361,9 +361,7 @@ def get_platform(platform: str | None, n_particles: int) -> mm.Platform:
     return mm.Platform.getPlatformByName(name)
 
 
-def check_frames(
-    x_nad: Any, n_atoms: int, *, name: str = "positions", single: bool = False
-) -> FloatArray:
+def check_frames(x_nad: Any, n_atoms: int, *, name: str = "positions", single: bool = False) -> FloatArray:
     """Check positions at the door.
 
     Parameters
@@ -619,8 +617,7 @@ def add_flat_bottom_torsion(
     if not (isinstance(stiffness, int | float) and math.isfinite(stiffness) and stiffness > 0):
         raise InputError(f"k: expected a finite number > 0 [kJ/mol/rad^2], found {k!r}.")
     force = mm.CustomTorsionForce(
-        "0.5*k*max(0, d-width)^2; d=min(delta, 2*pi-delta); delta=abs(theta-centre);"
-        f" pi={math.pi!r}"
+        f"0.5*k*max(0, d-width)^2; d=min(delta, 2*pi-delta); delta=abs(theta-centre); pi={math.pi!r}"
     )
     for name in ("k", "centre", "width"):
         force.addPerTorsionParameter(name)
@@ -813,9 +810,7 @@ def make_context(
         ) from err
 
 
-def start_context(
-    context: mm.Context, x: FloatArray, *, seed: int, temperature: Any, minimize: bool
-) -> None:
+def start_context(context: mm.Context, x: FloatArray, *, seed: int, temperature: Any, minimize: bool) -> None:
     """Set positions, minimize if asked, draw velocities; refuse a start that is not finite."""
     context.setPositions(x)
     context.computeVirtualSites()
@@ -827,9 +822,7 @@ def start_context(
             check_state(context, "minimization")
     except mm.OpenMMException as err:
         raise blow_up_error("start", str(err)) from err
-    context.setVelocitiesToTemperature(
-        float(to_md(temperature, unit.kelvin, name="temperature")), seed
-    )
+    context.setVelocitiesToTemperature(float(to_md(temperature, unit.kelvin, name="temperature")), seed)
 
 
 def step_checked(integrator: mm.Integrator, n_steps: int, what: str) -> None:
@@ -840,3 +833,24 @@ def step_checked(integrator: mm.Integrator, n_steps: int, what: str) -> None:
         if "NaN" in str(err) or "nan" in str(err).lower():
             raise blow_up_error(what, str(err)) from err
         raise
+
+
+def graph_from_topology(topology: Any, atoms: Sequence[int] | None = None) -> MolecularGraph:
+    """Molecular graph of (a subset of) an OpenMM topology, bonds from the topology.
+
+    Raises
+    ------
+    InputError
+        If an atom has no element.
+    """
+    everything = list(topology.atoms())
+    chosen = range(len(everything)) if atoms is None else [int(a) for a in atoms]
+    place = {a: k for k, a in enumerate(chosen)}
+    elements = []
+    for a in chosen:
+        if everything[a].element is None:
+            raise InputError(f"atom {a} ({everything[a].name}): has no element in the topology.")
+        elements.append(everything[a].element.symbol)
+    bonds = [(place[b[0].index], place[b[1].index]) for b in topology.bonds()
+             if b[0].index in place and b[1].index in place]  # fmt: skip
+    return MolecularGraph(tuple(elements), tuple(bonds), tuple(everything[a].name for a in chosen))

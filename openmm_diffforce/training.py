@@ -44,10 +44,18 @@ from .models.physics import BaseTables, OperatorTables, PhysicalModel, internal_
 from .ops import TORSION
 from .schedule import NoiseSchedule
 
-DEFAULT_SIGMA_KNOTS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05)
+DEFAULT_SIGMA_KNOTS = (0.0, 0.005, 0.01, 0.02, 0.05)
 """Noise levels at which the coefficients are fitted [nm]."""
 
-N_COEFS = {"bond": 8, "angle": 8, "torsion": 14, "improper": 12, "1-3": 8, "1-4": 10, "nonbonded": 14}
+N_COEFS = {
+    "bond": 8,
+    "angle": 8,
+    "torsion": 14,
+    "improper": 12,
+    "1-3": 8,
+    "1-4": 10,
+    "nonbonded": 14,
+}
 """Spline coefficients of the base action per class, by role of the coordinate."""
 
 OPERATOR_SPACING = 0.02
@@ -56,7 +64,7 @@ OPERATOR_SPACING = 0.02
 WALL_KT = 4.0
 """Stiffness of the walls outside the data, in kT per squared knot spacing."""
 
-PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Smoothness penalties tried, relative to the diagonal of the normal matrix."""
 
 
@@ -119,14 +127,13 @@ def _best_penalty(
 ) -> tuple[np.ndarray, dict[str, float]]:  # fmt: skip
     """Choose the penalty on held-out data, then refit on everything.
 
-    The matrices are means over frames, ``holdout`` the fraction of frames held out. Minimises ``c.A c/2 - b.c + mu/2 (c - centre).P (c - centre)``; ``block`` names the
-    class of every coefficient. Returns the coefficients, and what was chosen.
+    The matrices are means over frames, ``holdout`` the fraction of frames held out. Minimises
+    ``c.A c/2 - b.c + mu/2 (c - centre).P (c - centre)``; ``block`` names the class of every
+    coefficient. Returns the coefficients, and what was chosen.
     """
     diagonal = np.diag(a_train)
     if not np.isfinite(diagonal).all() or diagonal.max() <= 0:
-        raise ConvergenceError(
-            "fit: the normal matrix is empty or not finite; are the frames all alike?"
-        )
+        raise ConvergenceError("fit: the normal matrix is empty or not finite; are the frames all alike?")
     # The penalty of a class is scaled by the geometric mean of its own features' stiffness and
     # that of all: with its own alone the stiff classes, with the common one the soft classes,
     # would be smoothed too much.
@@ -139,9 +146,7 @@ def _best_penalty(
         try:
             factor = scipy.linalg.cho_factor(a + mu * scaled, lower=True, check_finite=False)
         except scipy.linalg.LinAlgError as err:
-            raise ConvergenceError(
-                "fit: the normal equations are singular; give more frames."
-            ) from err
+            raise ConvergenceError("fit: the normal equations are singular; give more frames.") from err
         right = b + mu * (scaled @ offset)
         return np.asarray(scipy.linalg.cho_solve(factor, right, check_finite=False))
 
@@ -280,9 +285,7 @@ def _class_grid(y: np.ndarray, coordinates: InternalCoordinates, n_coefs: np.nda
     return out
 
 
-def _pair_design(
-    y: np.ndarray, tables: OperatorTables, first: np.ndarray, n_coefs: int
-) -> np.ndarray:
+def _pair_design(y: np.ndarray, tables: OperatorTables, first: np.ndarray, n_coefs: int) -> np.ndarray:
     """Features of the pair operator [n_frames, n_types * n_coefs]."""
     a_idx, b_idx = np.nonzero(tables.pair_type >= 0)
     types = tables.pair_type[a_idx, b_idx]
@@ -404,10 +407,9 @@ def fit_operator(
     levels = []
     shape = (len(labels), n_coefs)
     for m, sigma in enumerate(knots):
-        ends = [normal(m, 0), normal(m, 1)]
+        ends: list[Any] = [normal(m, 0), normal(m, 1)]
         if m == 0:  # one operator for both ends
-            joint = [tuple(p + q for p, q in zip(ends[0][k], ends[1][k], strict=True)) for k in (0, 1)]
-            ends = [joint]  # type: ignore[list-item]
+            ends = [[[p + q for p, q in zip(*parts, strict=True)] for parts in zip(*ends, strict=True)]]
         record = []
         for end, (train, held) in enumerate(ends):
             centre = None if m == 0 else table[:, end, m - 1].ravel()

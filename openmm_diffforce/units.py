@@ -11,9 +11,7 @@ from openmm import unit
 
 from .errors import UnitsError
 
-MOLAR_GAS_CONSTANT: float = unit.MOLAR_GAS_CONSTANT_R.value_in_unit(
-    unit.kilojoule_per_mole / unit.kelvin
-)
+MOLAR_GAS_CONSTANT: float = unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin)
 """R [kJ/mol/K]."""
 
 KJ_PER_KCAL: float = (1.0 * unit.kilocalorie_per_mole).value_in_unit(unit.kilojoule_per_mole)

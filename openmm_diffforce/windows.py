@@ -217,9 +217,7 @@ def run_windows(
     n_atoms, n_states = system.getNumParticles(), len(values)
     starts = check_frames(positions, n_atoms)
     if len(starts) not in (1, n_states):
-        raise InputError(
-            f"positions: expected one frame or one per state ({n_states}), found {len(starts)}."
-        )
+        raise InputError(f"positions: expected one frame or one per state ({n_states}), found {len(starts)}.")
     starts = np.broadcast_to(starts, (n_states, n_atoms, 3))
     if trajectory not in ("dcd", "xtc", None):
         raise InputError(f'trajectory: expected "dcd", "xtc" or None, found {trajectory!r}.')
@@ -244,9 +242,7 @@ def run_windows(
         "interval": interval,
         "n_equil": int(n_equil),
         "timestep": check_positive("timestep", to_md(timestep, unit.picosecond, name="timestep")),
-        "friction": check_positive(
-            "friction", to_md(friction, unit.picosecond**-1, name="friction")
-        ),
+        "friction": check_positive("friction", to_md(friction, unit.picosecond**-1, name="friction")),
         "platform": get_platform(platform, n_atoms).getName(),
         "seed": check_seed(seed),
         "minimize": bool(minimize),
@@ -262,9 +258,7 @@ def run_windows(
         _check_settings(folder, settings)
         if not (folder / TOPOLOGY_FILE).exists():
             _write_pdb(folder / TOPOLOGY_FILE, topology, starts[0])
-        run = _Run(
-            system, folder, settings, names, values, starts, learned_forces, checkpoint_seconds
-        )
+        run = _Run(system, folder, settings, names, values, starts, learned_forces, checkpoint_seconds)
         with _interrupt_flag() as stop, _progress_bar(progress, n_states * n_frames) as report:
             for k in range(n_states):
                 run.window(k, stop, report)
@@ -274,9 +268,7 @@ def run_windows(
         if dhdl_frame is not None:
             _write_table(folder / DHDL_FILE, dhdl_frame)
             tables["dHdl"] = folder / DHDL_FILE
-        trajectories = tuple(
-            _window_path(folder, k, trajectory) for k in range(n_states) if trajectory
-        )
+        trajectories = tuple(_window_path(folder, k, trajectory) for k in range(n_states) if trajectory)
         files = {**tables, **{p.stem: p for p in trajectories}}
         write_json(
             folder / RECORD_FILE,
@@ -322,7 +314,10 @@ class _Run:
         self.checkpoint_seconds = checkpoint_seconds
         self.kT = thermal_energy(settings["temperature"])
         self.periodic = describe(system).periodic
-        self.declared = declared_derivatives(system)
+        # A force that comes back from a System has lost its class: learned ones speak themselves.
+        self.declared = declared_derivatives(system) | {
+            f.parameter(LAMBDA) for f in learned if getattr(f, "backend", "") == "torchforce"
+        }
         self.n_steps = 0
         self.checked = False
 
@@ -349,9 +344,7 @@ class _Run:
         for name, value in zip(self.names, self.values[j], strict=True):
             context.setParameter(name, value)
 
-    def _sample(
-        self, k: int, what: str, parts: Path, stop: "_Stop", report: Callable[[int], None]
-    ) -> None:
+    def _sample(self, k: int, what: str, parts: Path, stop: "_Stop", report: Callable[[int], None]) -> None:
         s = self.settings
         # A window's numbers do not depend on which windows ran before it in this process.
         rng = np.random.default_rng([s["seed"], k])
@@ -444,9 +437,7 @@ class _Run:
         self._set_state(context, k)
         if not np.isfinite(u).all():
             j = int(np.flatnonzero(~np.isfinite(u))[0])
-            raise blow_up_error(
-                what, f"potential energy {u[j]} kJ/mol in state {j} ({self._state_text(j)})"
-            )
+            raise blow_up_error(what, f"potential energy {u[j]} kJ/mol in state {j} ({self._state_text(j)})")
         u /= self.kT
         return row
 
@@ -498,9 +489,7 @@ class _Run:
         self._set_state(context, k)
         self.checked = True
 
-    def _save_part(
-        self, context: mm.Context, parts: Path, number: int, rows: list[dict[str, Any]]
-    ) -> None:
+    def _save_part(self, context: mm.Context, parts: Path, number: int, rows: list[dict[str, Any]]) -> None:
         n_states, n_atoms = len(self.values), self.starts.shape[1]
         empty = {"x": np.empty((0, n_atoms, 3), np.float32), "u": np.empty((0, n_states))}
         if self.periodic:
@@ -513,9 +502,7 @@ class _Run:
 
     def _finish(self, k: int, parts: Path) -> None:
         done = [_read_npz(p) for p in sorted(parts.glob("part_*.npz"))]
-        arrays = {
-            key: np.concatenate([d[key] for d in done]) for key in done[0] if key != "checkpoint"
-        }
+        arrays = {key: np.concatenate([d[key] for d in done]) for key in done[0] if key != "checkpoint"}
         n_found = len(arrays["u"])
         if n_found != self.settings["n_frames"]:
             raise ResumeError(
@@ -676,8 +663,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if any(folder.glob("window_*")):
             raise ResumeError(
-                f"{folder}: expected {SETTINGS_FILE} beside the windows found there; choose "
-                "another out_dir."
+                f"{folder}: expected {SETTINGS_FILE} beside the windows found there; choose another out_dir."
             )
         write_json(path, {"sha256": settings_hash(settings), "settings": settings})
         return

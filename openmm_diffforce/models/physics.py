@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..ops import ANGLE, DISTANCE, TORSION
 from ..schedule import NoiseSchedule, alpha_sigma
 from .action import ActionModel
-from .graph import InternalCoordinates
+from .graph import InternalCoordinates, MolecularGraph, internal_coordinates
 
 Tensor = torch.Tensor
 
@@ -103,14 +103,14 @@ class PhysicalModel(ActionModel):
     derivatives, without autograd. Both methods compile in TorchScript.
     """
 
-    def __init__(
-        self, base: BaseTables, operator: OperatorTables | None, schedule: NoiseSchedule
-    ) -> None:
+    def __init__(self, base: BaseTables, operator: OperatorTables | None, schedule: NoiseSchedule) -> None:
         super().__init__()
         ops.load()
-        for what, knots in (("base", base.sigma_knots),
-                            ("operator", base.sigma_knots if operator is None else operator.sigma_knots)):  # fmt: skip
-            top = float(schedule.noise_to_signal(1.0))
+        top = float(schedule.noise_to_signal(1.0))
+        levels = {"base": base.sigma_knots}
+        if operator is not None:
+            levels["operator"] = operator.sigma_knots
+        for what, knots in levels.items():
             if knots[-1] < top * (1 - 1e-9) and not np.isclose(knots[-1], top):
                 raise InputError(
                     f"{what}: expected noise knots up to sigma/alpha = {top:.6g} nm at t = 1, "
@@ -154,9 +154,7 @@ class PhysicalModel(ActionModel):
         self.n_dof = float(3 * n_atoms - 3)
 
     def _noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return alpha_sigma(
-            self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t
-        )
+        return alpha_sigma(self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t)
 
     def forward(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Reduced action S [n_frames] at noised coordinates x [n_frames, n_atoms, 3] nm."""
@@ -202,9 +200,7 @@ class PhysicalModel(ActionModel):
         return action + self.n_dof * torch.log(alpha), gradient / alpha[:, None, None], d_lam
 
     @torch.jit.export
-    def increment_fields(
-        self, x: Tensor, t: Tensor, lam: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def increment_fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S(x,t,lam) - S(x,t,0), its x-gradient and its lam-derivative: the operator's part alone.
 
         What ``mode="operator"`` evaluates; cheaper than two calls of :meth:`fields`.
@@ -225,6 +221,24 @@ class PhysicalModel(ActionModel):
         return increment, gradient / alpha[:, None, None], d_lam
 
 
+def base_tables(model: torch.nn.Module, graph: MolecularGraph) -> BaseTables:
+    """The base action's splines of a :class:`PhysicalModel`, fresh or loaded from an artefact.
+
+    Raises
+    ------
+    InputError
+        If the model is of another class, or the graph of another molecule.
+    """
+    coordinates = internal_coordinates(graph)
+    buffers = dict(model.named_buffers())
+    if "base_sigma" not in buffers or not np.array_equal(buffers["atoms"].numpy(), coordinates.atoms):
+        raise InputError("base_tables: expected a PhysicalModel of this molecular graph.")
+    return BaseTables(
+        coordinates,
+        *(buffers[name].numpy() for name in ("base_sigma", "grid", "offsets", "coef")),
+    )
+
+
 def internal_values(x: np.ndarray, coordinates: InternalCoordinates) -> np.ndarray:
     """Values of the internal coordinates [n_frames, n_coordinates], in nm and radians."""
     a = coordinates.atoms
@@ -241,15 +255,11 @@ def internal_values(x: np.ndarray, coordinates: InternalCoordinates) -> np.ndarr
     b2 = x[:, a[turn, 2]] - x[:, a[turn, 1]]
     b3 = x[:, a[turn, 3]] - x[:, a[turn, 2]]
     n1, n2 = np.cross(b1, b2), np.cross(b2, b3)
-    out[:, turn] = np.arctan2(
-        (b1 * n2).sum(-1) * np.linalg.norm(b2, axis=-1), (n1 * n2).sum(-1)
-    )
+    out[:, turn] = np.arctan2((b1 * n2).sum(-1) * np.linalg.norm(b2, axis=-1), (n1 * n2).sum(-1))
     return out
 
 
-def outside_fraction(
-    x: np.ndarray, base: BaseTables, knot: int = 0
-) -> tuple[float, dict[str, float]]:
+def outside_fraction(x: np.ndarray, base: BaseTables, knot: int = 0) -> tuple[float, dict[str, float]]:
     """Fraction of frames with a coordinate outside its spline's domain, in all and per role.
 
     Periodic coordinates have no outside.

@@ -1,0 +1,505 @@
+"""The main job end to end, on alanine dipeptide in vacuum.
+
+Sample both end states of a perturbation, fit base action and operator, export them, run lambda
+windows under the learned and under the classical operator, run dynamics on the learned base
+action alone, and compare. The benchmarks run the same stages for longer.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+
+from . import analysis
+from .alanine import TEMPERATURE, AlanineCase, alanine_case
+from .alchemy import lambda_states
+from .artefact import Artefact, export_artefact, load_artefact
+from .config import DemoSettings
+from .constants import RECORD_FILE
+from .errors import InputError, ResumeError
+from .estimate import end_correction, estimate, reweight, standard_score
+from .force import DiffusionForce
+from .models.physics import base_tables, outside_fraction
+from .record import atomic_path, make_record, settings_hash, write_json
+from .report import save_figures, write_report
+from .schedule import VESchedule
+from .systems import (
+    FloatArray,
+    clone_system,
+    forces,
+    graph_from_topology,
+    make_context,
+    potential_energies,
+    sample,
+    start_context,
+    step_checked,
+)
+from .training import fit_physical_model
+from .units import thermal_energy
+from .windows import run_windows
+
+ARTEFACT_FILE = "alanine_F1.diffforce"
+"""The fitted model."""
+
+KT = thermal_energy(TEMPERATURE)
+
+BASE_OVERLAP = 0.9
+PAIRED_KT = 0.05
+FORCE_R2 = 0.99
+ACTION_R2 = 0.95
+JSD_EXCESS = 0.02
+"""Thresholds of the demonstration's checks; the longer benchmarks use the same."""
+
+
+@dataclass
+class Timing:
+    """Wall-clock and CPU seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is inside."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def r_squared(prediction: Any, truth: Any) -> float:
+    """1 - |prediction - truth|^2 / |truth - mean|^2, the mean taken over all values.
+
+    Examples
+    --------
+    >>> r_squared([1.0, 2.0], [1.0, 2.0])
+    1.0
+    """
+    prediction, truth = np.asarray(prediction, float), np.asarray(truth, float)
+    return float(1 - ((prediction - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def model_fields(model: Any, x: FloatArray, *, t: float = 0.0, lam: float = 0.0) -> tuple[FloatArray, ...]:
+    """S, dS/dx and dS/dlam of frames as numpy arrays."""
+    n = len(x)
+    with torch.no_grad():
+        out = model.fields(
+            torch.as_tensor(np.ascontiguousarray(x, dtype=np.float64)),
+            torch.full((n,), t, dtype=torch.float64),
+            torch.full((n,), lam, dtype=torch.float64),
+        )
+    return tuple(v.numpy() for v in out)
+
+
+def sample_end(
+    case: AlanineCase, end: int, settings: DemoSettings, folder: Path,
+    progress: Callable[[int, int], None] | None,
+) -> FloatArray:  # fmt: skip
+    """Frames of an end state: training frames, then held-out ones. Kept in ``folder``."""
+    wanted = {
+        "end": end, "perturbation": case.name, "seed": settings.seed,
+        "n": settings.n_frames + settings.n_test, "interval": settings.interval,
+        "n_equil": settings.n_equil, "timestep": settings.timestep, "friction": settings.friction,
+    }  # fmt: skip
+    n_wanted = settings.n_frames + settings.n_test
+    digest = settings_hash(wanted)
+    path = folder / f"end_{end}.npz"
+    if path.exists():
+        with np.load(path) as kept:
+            if str(kept["settings"]) != digest:
+                raise ResumeError(
+                    f"{path}: was sampled with other settings; choose another folder or remove it."
+                )
+            return np.array(kept["x"])
+    x = sample(
+        (case.system_0, case.system_1)[end], case.topology, case.positions,
+        temperature=TEMPERATURE, n_frames=n_wanted, interval=settings.interval,
+        timestep=settings.timestep, friction=settings.friction, n_equil=settings.n_equil,
+        seed=settings.seed + 100 * (end + 1), progress=progress,
+    )  # fmt: skip
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, x=x, settings=digest)
+    analysis.trajectory_of(x, case.topology).save_dcd(str(folder / f"end_{end}.dcd"))
+    return x
+
+
+def learned_base_system(case: AlanineCase, artefact: Path, *, backend: str = "auto") -> openmm.System:
+    """The molecule on the learned base action alone (and the restraint its data were sampled in)."""
+    system = openmm.System()
+    for atom in range(case.system_0.getNumParticles()):
+        system.addParticle(case.system_0.getParticleMass(atom))
+    for force in case.system_0.getForces():
+        if isinstance(force, openmm.CustomTorsionForce):  # the flat-bottom restraint
+            system.addForce(openmm.XmlSerializer.clone(force))
+    system.addForce(
+        DiffusionForce(artefact, topology=case.topology, mode="add", temperature=TEMPERATURE, backend=backend)
+    )
+    return system
+
+
+def nve_drift(
+    system: openmm.System, x: FloatArray, *, timestep: float, n_steps: int, seed: int
+) -> tuple[float, float]:
+    """Slope of the total energy along Verlet dynamics, and its standard error [kJ/mol/ns].
+
+    Fitted on half-step averaged energies every 20 steps, the error from ten blocks' slopes.
+    """
+    context = make_context(system, temperature=TEMPERATURE, timestep=timestep, friction=1.0,
+                           platform=None,
+                           seed=seed)  # fmt: skip
+    start_context(context, x, seed=seed, temperature=TEMPERATURE, minimize=False)
+    positions = context.getState(positions=True).getPositions()
+    velocities = context.getState(velocities=True).getVelocities()
+    integrator = openmm.VerletIntegrator(timestep)
+    verlet = openmm.Context(system, integrator, context.getPlatform())
+    verlet.setPositions(positions)
+    verlet.setVelocities(velocities)
+    total = np.empty(n_steps // 20)
+    for k in range(len(total)):
+        step_checked(integrator, 20, "NVE")
+        state = verlet.getState(energy=True)
+        total[k] = (state.getPotentialEnergy() + state.getKineticEnergy())._value
+    time_ns = np.arange(len(total)) * 20 * timestep * 1e-3
+    slope = float(np.polyfit(time_ns, total, 1)[0])
+    blocks = np.array_split(np.arange(len(total)), 10)
+    slopes = [np.polyfit(time_ns[b], total[b], 1)[0] for b in blocks]
+    # slope errors of blocks shrink by n^(3/2) when the whole is fitted at once
+    return slope, float(np.std(slopes, ddof=1) / 10**1.5)
+
+
+def _check(
+    name: str, value: float, threshold: str, good: bool, advice: str, *, warn: bool = False
+) -> dict[str, Any]:
+    status = "PASS" if good else ("WARN" if warn else "FAIL")
+    return {"name": name, "value": value, "threshold": threshold, "status": status,
+            "advice": "" if good else advice}  # fmt: skip
+
+
+def fit_quality(case: AlanineCase, model: Any, x_test: tuple[FloatArray, FloatArray]) -> dict[str, float]:
+    """Held-out R^2 of force, base action, operator and its gradient at t = 0."""
+    action, gradient, _ = model_fields(model, x_test[0])
+    both = np.concatenate(x_test)
+    operator = model_fields(model, both)[2]
+    _, gradient_1, _ = model_fields(model, both, lam=1.0)
+    _, gradient_0, _ = model_fields(model, both)
+    return {
+        "sigma_nm": 0.0,
+        "force_r2": r_squared(-KT * gradient, forces(case.system_0, x_test[0])),
+        "action_r2": r_squared(
+            action - action.mean(),
+            (u := potential_energies(case.system_0, x_test[0]) / KT) - u.mean(),
+        ),
+        "operator_r2": r_squared(operator, case.pair.operator_values(both)),
+        "operator_gradient_r2": r_squared(gradient_1 - gradient_0, case.pair.operator_gradients(both)),
+    }
+
+
+def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progress: bool = True) -> Path:
+    """Run the demonstration and write its report.
+
+    Parameters
+    ----------
+    out_dir : path
+        Folder for frames, artefact, windows, figures, ``record.json`` and ``report.html``. A run
+        in it with the same settings is resumed where it stopped.
+    settings : DemoSettings, optional
+    progress : bool
+        Show progress with an ETA.
+
+    Returns
+    -------
+    pathlib.Path
+        ``record.json``; ``report.html`` lies beside it.
+
+    Raises
+    ------
+    ResumeError
+        If the folder holds a run with other settings.
+    DiffForceError
+        From any stage, with its own message.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    settings = settings or DemoSettings()
+    folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise InputError(f"out_dir: expected a folder that can be made, found {err}.") from err
+    # One molecule is too small for more threads: they cost more than they compute.
+    torch.set_num_threads(1)
+    console = Console(quiet=not progress, stderr=True)
+    timing = Timing()
+    case = alanine_case("F1", restrain_phi=True)
+    n_train = settings.n_frames
+
+    def bar() -> Progress:
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(), console=console, disable=not progress,
+        )  # fmt: skip
+
+    frames = []
+    ps = settings.interval * settings.timestep
+    console.print(
+        f"[bold]1/6[/] sampling both ends: {n_train} + {settings.n_test} frames, "
+        f"{ps * (n_train + settings.n_test):.0f} ps each"
+    )
+    ends = []
+    for end in (0, 1):
+        with timing.stage(f"sample end {end}"), bar() as shown:
+            task = shown.add_task(f"end state {end}", total=n_train + settings.n_test)
+
+            def report(done: int, total: int, *, task: Any = task, shown: Progress = shown) -> None:
+                shown.update(task, completed=done)
+
+            frames.append(sample_end(case, end, settings, folder, report))
+        ends.append({"name": f"end state {end}", "n_frames": len(frames[end]), "interval_ps": ps,
+                     "length_ps": ps * len(frames[end]),
+                     "seconds": timing.seconds[f"sample end {end}"]})  # fmt: skip
+    train = [x[:n_train] for x in frames]
+    test = (frames[0][n_train:], frames[1][n_train:])
+
+    console.print("[bold]2/6[/] fitting base action and operator at every noise level")
+    artefact_path = folder / ARTEFACT_FILE
+    with timing.stage("fit"), console.status("score matching and regression"):
+        artefact = _fit_or_load(case, train, settings, artefact_path)
+    quality = fit_quality(case, artefact.model, test)
+
+    states = lambda_states(settings.n_windows)
+    window_ps = settings.window_frames * settings.window_interval * settings.timestep
+    classical_system = case.pair.linear_system()
+    learned_system = clone_system(case.system_0)
+    learned_force = DiffusionForce(artefact_path, topology=case.topology, mode="operator",
+                                   temperature=TEMPERATURE)  # fmt: skip
+    learned_system.addForce(learned_force)
+    (folder / "classical.xml").write_text(openmm.XmlSerializer.serialize(case.system_0))
+    write_json(folder / "force.json", learned_force.manifest())
+    runs, estimates = {}, {}
+    for step, name in ((3, "classical"), (4, "learned")):
+        console.print(f"[bold]{step}/6[/] {len(states)} windows of {window_ps:.0f} ps, {name} operator")
+        learned = name == "learned"
+        with timing.stage(f"{name} windows"):
+            runs[name] = run_windows(
+                learned_system if learned else classical_system, case.topology, case.positions,
+                [{learned_force.parameter("lambda"): s["lambda"]} for s in states] if learned else states,
+                temperature=TEMPERATURE, out_dir=folder / f"windows_{name}",
+                n_frames=settings.window_frames, interval=settings.window_interval,
+                n_equil=settings.n_equil, timestep=settings.timestep, friction=settings.friction,
+                seed=settings.seed + (2000 if learned else 1000), trajectory="dcd",
+                learned=learned_force if learned else None, progress=progress,
+            )  # fmt: skip
+        estimates[name] = estimate(runs[name].u_nk, runs[name].dHdl)
+
+    # The same classical frames under both operators: what remains is the operator's own error.
+    x_windows = {name: _window_frames(run) for name, run in runs.items()}
+    u = runs["classical"].u_nk.to_numpy()
+    o_learned = model_fields(artefact.model, x_windows["classical"])[2]
+    both = reweight(runs["classical"].u_nk, np.stack([u[:, 0], u[:, -1], u[:, 0] + o_learned], axis=1))
+    differences = {
+        "classical": both.contrast([-1, 1, 0]),
+        "learned": both.contrast([-1, 0, 1]),
+        "difference": both.contrast([0, -1, 1]),
+    }
+    paired: dict[str, Any] = {
+        **{name: {"value": value, "error": error} for name, (value, error) in differences.items()},
+        "n_frames": both.n_frames,
+    }
+    last = {name: x[-settings.window_frames:] for name, x in x_windows.items()}  # fmt: skip
+    gap = {name: case.pair.operator_values(x) - model_fields(artefact.model, x)[2]
+           for name, x in last.items()}  # fmt: skip
+    correction = end_correction(estimates["learned"], work_1=(gap["learned"], -gap["classical"]))
+
+    length = settings.base_frames * settings.base_interval * settings.timestep
+    console.print(f"[bold]5/6[/] {length:.0f} ps on the learned base action alone")
+    base_system = learned_base_system(case, artefact_path)
+    with timing.stage("base action"), bar() as shown:
+        task = shown.add_task("learned dynamics", total=settings.base_frames)
+        base_x = sample(
+            base_system, case.topology, case.positions, temperature=TEMPERATURE,
+            n_frames=settings.base_frames, interval=settings.base_interval,
+            timestep=settings.timestep, friction=settings.friction, n_equil=settings.n_equil,
+            seed=settings.seed + 3000, progress=lambda done, _: shown.update(task, completed=done),
+        )  # fmt: skip
+        base_action, angles = _judge_base(case, artefact, base_system, base_x, frames[0], settings)
+    base_action["length_ps"] = length
+
+    console.print("[bold]6/6[/] figures and report")
+    agreement = abs(
+        standard_score(estimates["learned"].estimates["MBAR"], estimates["classical"].estimates["MBAR"])
+    )
+    excess = base_action["jsd"] - base_action["jsd_baseline"]
+    checks = [
+        _check("learned and classical operator on the same frames", abs(paired["difference"]["value"]),
+               f"<= {PAIRED_KT} kT", abs(paired["difference"]["value"]) <= PAIRED_KT,
+               "give the fit more frames of both ends"),
+        _check("independent window runs, combined standard errors apart", agreement, "<= 3",
+               agreement <= 3, "run longer windows"),
+        _check("end correction: overlap of learned and classical end state", correction.min_overlap,
+               f">= {BASE_OVERLAP}", correction.min_overlap >= BASE_OVERLAP,
+               "the learned end state is another one: fit with more frames of end state 1"),
+        _check("held-out force R^2", quality["force_r2"], f">= {FORCE_R2}",
+               quality["force_r2"] >= FORCE_R2, "give the fit more frames"),
+        _check("held-out base action R^2", quality["action_r2"], f">= {ACTION_R2}",
+               quality["action_r2"] >= ACTION_R2, "give the fit more frames"),
+        _check("phi/psi divergence beyond that of two amber14 runs [nats]", excess,
+               f"<= {JSD_EXCESS} at full length", excess <= JSD_EXCESS,
+               "a run of this length is dominated by its own noise: see the benchmarks", warn=True),
+    ]  # fmt: skip
+    figures = {
+        "delta_f": analysis.delta_f_figure(
+            {f"{name} windows, {m}": (e.delta_f, e.d_delta_f)
+             for name, est in estimates.items() for m, e in est.estimates.items()}
+            | {"learned, end-corrected": (correction.corrected.delta_f, correction.corrected.d_delta_f)},
+            reference="classical windows, MBAR",
+        ),
+        "operator": _operator_figure(case, artefact.model, test),
+        "overlap_learned": analysis.overlap_figure(
+            estimates["learned"].overlap, [s["lambda"] for s in states]
+        ),
+        "dhdl": analysis.dhdl_figure({name: _mean_dhdl(run.dHdl) for name, run in runs.items()}),
+        "phi_psi": analysis.phi_psi_figure(angles, bins=36),
+    }  # fmt: skip
+    record = {
+        "what": "demo",
+        "title": "A diffusion model as a force: alanine dipeptide, one hydrogen becomes fluorine-like",
+        "summary": "A base action and an alchemical operator were learned from frames of two end "
+                   "states, used as forces in OpenMM, and compared with the force field.",
+        "headline": {
+            "method": f"MBAR over {len(states)} windows under the learned operator, end-corrected",
+            "value": correction.corrected.delta_f, "error": correction.corrected.d_delta_f,
+            "meaning": "reduced free energy of end state 1 less that of end state 0, for amber14",
+        },
+        "system": {
+            "name": "ACE-ALA-NME in vacuum", "n_atoms": len(case.positions),
+            "temperature": TEMPERATURE, "force_field": "amber14", "platform": "Reference",
+            "perturbation": "F1: HB1 -> q -0.22 e, sigma 0.312 nm, epsilon 0.255 kJ/mol; "
+                            "C-beta keeps the total charge",
+            "description": "phi restrained to within 120 degrees of -120 (flat bottom) in every run",
+        },
+        "sampling": {"ends": ends},
+        "fit": {"n_train": 2 * n_train, "n_test": len(test[0]), "cpu_seconds": _cpu(artefact),
+                "levels": [quality]},
+        "artefact": {"file": ARTEFACT_FILE, "sha256": artefact.sha256, "bytes": artefact_path.stat().st_size,
+                     "modes": artefact.metadata["modes"], "dtype": artefact.metadata["dtype"]},
+        "windows": {
+            name: {"label": f"{name} operator", "estimate": estimates[name].to_dict(),
+                   "n_windows": len(states), "length_ps": window_ps, "n_steps": run.n_steps,
+                   "seconds": run.seconds}
+            for name, run in runs.items()
+        },
+        "paired": paired,
+        "end_correction": correction.to_dict(),
+        "base_action": base_action,
+        "checks": checks,
+        "provenance": make_record("demo", settings.model_dump(), seed=settings.seed,
+                                  files={"artefact": artefact_path}),
+        "timing": timing.seconds,
+        "figures": save_figures(figures, folder),
+    }  # fmt: skip
+    path = folder / RECORD_FILE
+    write_json(path, record)
+    write_report(record, figures, folder / "report.html")
+    return path
+
+
+def _fit_or_load(case: AlanineCase, train: list[FloatArray], settings: DemoSettings, path: Path) -> Artefact:
+    """Fit and export, or take the artefact that the same frames and settings gave before."""
+    inputs = settings_hash({
+        "frames": [hashlib.sha256(x.tobytes()).hexdigest() for x in train],
+        "seed": settings.seed, "n_draws": settings.n_draws, "sigma_max": settings.sigma_max,
+    })  # fmt: skip
+    if path.exists():
+        kept = load_artefact(path)
+        if kept.metadata["training"].get("inputs_sha256") == inputs:
+            return kept
+    graph = graph_from_topology(case.topology)
+    schedule = VESchedule(settings.sigma_max)
+    model, training = fit_physical_model(
+        train[0], case.pair.operator_values(train[0]),
+        train[1], case.pair.operator_values(train[1]),
+        graph, case.perturbed, schedule, seed=settings.seed, n_draws=settings.n_draws,
+    )  # fmt: skip
+    export_artefact(model, path, graph=graph, schedule=schedule, temperature=TEMPERATURE,
+                    training={**training, "inputs_sha256": inputs})  # fmt: skip
+    return load_artefact(path)
+
+
+def _cpu(artefact: Artefact) -> float:
+    """CPU seconds of the fit."""
+    training = artefact.metadata["training"]
+    return float(training["base"]["cpu_seconds"] + training["operator"]["cpu_seconds"])
+
+
+def _window_frames(run: Any) -> FloatArray:
+    """Frames of all windows in the order of u_nk's rows [nm], float64."""
+    return np.concatenate(
+        [analysis.load_trajectory(p, run.topology).xyz.astype(np.float64) for p in run.trajectories]
+    )
+
+
+def _judge_base(
+    case: AlanineCase, artefact: Artefact, system: openmm.System, x: FloatArray,
+    reference: FloatArray, settings: DemoSettings,
+) -> tuple[dict[str, Any], dict[str, FloatArray]]:  # fmt: skip
+    """What the dynamics on the learned base action looks like beside amber14."""
+    n = min(len(x), len(reference) // 2)
+    angles = {
+        name: analysis.phi_psi(analysis.trajectory_of(part, case.topology))
+        for name, part in (
+            ("learned", x), ("amber14", reference), ("a", reference[:n]), ("b", reference[-n:]),
+        )
+    }  # fmt: skip
+    temperature = analysis.configurational_temperature(
+        x[:: max(1, len(x) // 100)], lambda frames: forces(system, frames)
+    )
+    drift = {
+        name: nve_drift(s, x[-1], timestep=0.5 * settings.timestep, n_steps=2000,
+                        seed=settings.seed + 4000)[0]
+        for name, s in (("learned", system), ("classical", case.system_0))
+    }  # fmt: skip
+    everywhere, per_role = outside_fraction(x, base_tables(artefact.model, artefact.graph))
+    return {
+        "jsd": analysis.jensen_shannon(angles["learned"][-n:], angles["b"]),
+        "jsd_baseline": analysis.jensen_shannon(angles["a"], angles["b"]),
+        "temperature_conf": {"value": temperature.temperature, "error": temperature.error},
+        "wall_fraction": everywhere,
+        "wall_fraction_by_role": per_role,
+        "nve_drift": drift,
+    }, {"amber14": angles["amber14"], "learned base action": angles["learned"]}
+
+
+def _mean_dhdl(table: Any) -> tuple[list[float], list[float], list[float]]:
+    """lambda, mean dH/dlambda and its standard error from blocks of ten."""
+    column = table.columns[0]
+    groups = table[column].groupby(level=1, sort=True)
+    lam, mean, error = [], [], []
+    for key, values in groups:
+        blocks = np.array([b.mean() for b in np.array_split(values.to_numpy(), 10)])
+        lam.append(float(key))
+        mean.append(float(values.mean()))
+        error.append(float(blocks.std(ddof=1) / np.sqrt(len(blocks))))
+    return lam, mean, error
+
+
+def _operator_figure(case: AlanineCase, model: Any, test: tuple[FloatArray, FloatArray]) -> Any:
+    """Learned against classical O on held-out frames of both ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for end, x in enumerate(test):
+        axes.plot(case.pair.operator_values(x), model_fields(model, x)[2], ".", markersize=2,
+                  label=f"end state {end}")  # fmt: skip
+    limits = axes.get_xlim()
+    axes.plot(limits, limits, color="0.4", linewidth=0.8)
+    axes.set_xlabel("O from the force field [kT]")
+    axes.set_ylabel("learned O [kT]")
+    axes.legend(markerscale=5, frameon=False)
+    return figure
