@@ -9,6 +9,7 @@ import html
 import io
 import math
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -430,7 +431,7 @@ def _matrix(matrix: Any, states: Any, title: str) -> str:
     labels = [html.escape(_state_label(s)) for s in (states or range(n))]
     top = max((v or 0.0) for row in matrix for v in row) or 1.0
     out = [
-        f'<svg viewBox="0 0 {size + 6} {size + 6}" role="img" aria-label="{html.escape(title)}" '
+        f'<svg viewBox="0 0 {size + 6} {size + 6}" style="max-width: {size * 1.2:.0f}px" role="img" aria-label="{html.escape(title)}" '
         'xmlns="http://www.w3.org/2000/svg" font-size="10">'
     ]
     for i, row in enumerate(matrix):
@@ -479,6 +480,14 @@ def _image(name: str, figure: Any) -> tuple[str, bytes]:
     return "png", buffer.getvalue()
 
 
+def _aspect(kind: str, image: bytes) -> float:
+    """Width over height; 1 where the file does not say."""
+    if kind == "png" and len(image) >= 24:
+        width, height = struct.unpack(">II", image[16:24])  # of the IHDR chunk, always first
+        return float(width / height) if height else 1.0
+    return 1.0
+
+
 def _figures(record: Record, figures: Mapping[str, Any]) -> list[dict[str, str]]:
     order = {name: k for k, name in enumerate(CAPTIONS)}
     out = []
@@ -487,7 +496,8 @@ def _figures(record: Record, figures: Mapping[str, Any]) -> list[dict[str, str]]
         mime = {"png": "image/png", "svg": "image/svg+xml"}[kind]
         data = base64.b64encode(image).decode("ascii")
         caption = record.captions.get(name) or CAPTIONS.get(name) or name.replace("_", " ")
-        out.append({"name": name, "src": f"data:{mime};base64,{data}", "caption": caption})
+        wide = "wide" if _aspect(kind, image) > 1.6 else ""
+        out.append({"name": name, "src": f"data:{mime};base64,{data}", "caption": caption, "wide": wide})
     return out
 
 
