@@ -15,6 +15,9 @@ import torch
 from openmm_diffforce import ops
 from openmm_diffforce.errors import InputError, MissingDependencyError
 
+# torch 2.13 announces the end of TorchScript, which torch 2.9's TorchForce needs.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+
 ROOT = Path(__file__).resolve().parents[1]
 F64 = torch.float64
 REL_F64 = 1e-10

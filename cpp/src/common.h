@@ -23,7 +23,9 @@
 #else
 #define DIFFFORCE_CLONES
 #endif
-#if defined(__GNUC__)
+#if defined(__CUDACC__)
+#define DIFFFORCE_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
 #define DIFFFORCE_INLINE inline __attribute__((always_inline))
 #else
 #define DIFFFORCE_INLINE inline
@@ -233,7 +235,8 @@ DIFFFORCE_INLINE Place<S> locate(S s, int64_t n, bool periodic) {
     const T top = static_cast<T>(n - 3);
     if (p < T(0)) return {0, S(T(0)), s};
     if (p > top) return {n - 4, S(T(1)), s - S(top)};
-    const int64_t first = std::min(static_cast<int64_t>(p), n - 4);
+    const int64_t below = static_cast<int64_t>(p);
+    const int64_t first = below < n - 4 ? below : n - 4;
     return {first, s - S(static_cast<T>(first)), S(T(0))};
 }
 
