@@ -24,7 +24,7 @@ from .artefact import Artefact, export_artefact, load_artefact
 from .config import DemoSettings
 from .constants import RECORD_FILE
 from .errors import InputError, ResumeError
-from .estimate import end_correction, estimate, reweight, standard_score
+from .estimate import end_correction, estimate_free_energy, reweight, standard_score
 from .force import DiffusionForce
 from .models.physics import base_tables, outside_fraction
 from .record import atomic_path, make_record, settings_hash, write_json
@@ -295,7 +295,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
                 seed=settings.seed + (2000 if learned else 1000), trajectory="dcd",
                 learned=learned_force if learned else None, progress=progress,
             )  # fmt: skip
-        estimates[name] = estimate(runs[name].u_nk, runs[name].dHdl)
+        estimates[name] = estimate_free_energy(runs[name].u_nk, runs[name].dHdl)
 
     # The same classical frames under both operators: what remains is the operator's own error.
     x_windows = {name: _window_frames(run) for name, run in runs.items()}

@@ -90,7 +90,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class FreeEnergyEstimate:
-    """What :func:`estimate` returns.
+    """What :func:`estimate_free_energy` returns.
 
     Attributes
     ----------
@@ -418,7 +418,7 @@ def _mbar_influence(p_kn: FloatArray, n_k: npt.NDArray[np.int64]) -> FloatArray:
     return influence
 
 
-def estimate(
+def estimate_free_energy(
     u_nk: pd.DataFrame,
     dHdl: pd.DataFrame | None = None,
     *,

@@ -431,7 +431,8 @@ def _matrix(matrix: Any, states: Any, title: str) -> str:
     labels = [html.escape(_state_label(s)) for s in (states or range(n))]
     top = max((v or 0.0) for row in matrix for v in row) or 1.0
     out = [
-        f'<svg viewBox="0 0 {size + 6} {size + 6}" style="max-width: {size * 1.2:.0f}px" role="img" aria-label="{html.escape(title)}" '
+        f'<svg viewBox="0 0 {size + 6} {size + 6}" role="img" '
+        f'style="max-width: {size * 1.2:.0f}px" aria-label="{html.escape(title)}" '
         'xmlns="http://www.w3.org/2000/svg" font-size="10">'
     ]
     for i, row in enumerate(matrix):

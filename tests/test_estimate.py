@@ -53,7 +53,7 @@ def test_mbar_and_bar_are_exact_within_their_errors() -> None:
     z = {"MBAR": [], "BAR": []}
     for seed in range(30):
         u_nk, _ = harmonic_tables(seed)
-        found = e.estimate(u_nk, decorrelate=False)
+        found = e.estimate_free_energy(u_nk, decorrelate=False)
         for name in z:
             one = found.estimates[name]
             z[name].append((one.delta_f - EXACT) / one.d_delta_f)
@@ -65,7 +65,7 @@ def test_mbar_and_bar_are_exact_within_their_errors() -> None:
 
 def test_ti_is_exact_up_to_the_trapezoid() -> None:
     u_nk, dhdl = harmonic_tables(1, n=4000)
-    found = e.estimate(u_nk, dhdl)
+    found = e.estimate_free_energy(u_nk, dhdl)
     # <dH/dl> = 5 / (2 (1 + 5 l)); what the rule makes of exact means, shifts drop out.
     exact = np.trapezoid(2.5 / (1 + 5 * LAMBDAS), LAMBDAS)
     ti = found.estimates["TI"]
@@ -73,7 +73,7 @@ def test_ti_is_exact_up_to_the_trapezoid() -> None:
     from alchemlyb.estimators import TI
 
     theirs = TI().fit(dhdl)
-    ours = e.estimate(u_nk, dhdl, decorrelate=False).estimates["TI"]
+    ours = e.estimate_free_energy(u_nk, dhdl, decorrelate=False).estimates["TI"]
     assert ours.delta_f == pytest.approx(theirs.delta_f_.loc[0.0, 1.0])
     assert ours.d_delta_f == pytest.approx(theirs.d_delta_f_.loc[0.0, 1.0])
     assert found.dhdl[:, 0] == pytest.approx(2.5 / (1 + 5 * LAMBDAS), abs=0.2)
@@ -82,7 +82,7 @@ def test_ti_is_exact_up_to_the_trapezoid() -> None:
 
 def test_result_is_complete_and_json() -> None:
     u_nk, dhdl = harmonic_tables(2)
-    found = e.estimate(u_nk, dhdl)
+    found = e.estimate_free_energy(u_nk, dhdl)
     assert np.allclose(found.overlap.sum(axis=1), 1.0)
     assert found.min_overlap == found.neighbour_overlap.min() > 0.03
     assert found.f_k[-1] == found.delta_f
@@ -98,8 +98,8 @@ def test_result_is_complete_and_json() -> None:
 
 def test_decorrelation_finds_the_correlation() -> None:
     u_nk, dhdl = harmonic_tables(3, n=4000, correlation=0.9)
-    raw = e.estimate(u_nk, dhdl, decorrelate=False)
-    found = e.estimate(u_nk, dhdl)
+    raw = e.estimate_free_energy(u_nk, dhdl, decorrelate=False)
+    found = e.estimate_free_energy(u_nk, dhdl)
     # g of the process itself is (1 + 0.9)/(1 - 0.9) = 19, that of its square 9.5.
     assert (found.inefficiency > 5).all()
     assert (found.inefficiency < 40).all()
@@ -112,7 +112,7 @@ def test_errors_of_correlated_frames_are_calibrated() -> None:
     z = {"MBAR": [], "BAR": []}
     for seed in range(25):
         u_nk, _ = harmonic_tables(seed, n=1000, correlation=0.8)
-        found = e.estimate(u_nk)
+        found = e.estimate_free_energy(u_nk)
         for name in z:
             one = found.estimates[name]
             z[name].append((one.delta_f - EXACT) / one.d_delta_f)
@@ -128,7 +128,7 @@ def test_errors_without_correlation_are_pymbars() -> None:
     attrs = u_nk.attrs
     u_nk = u_nk.iloc[150:]
     u_nk.attrs = attrs
-    found = e.estimate(u_nk, decorrelate=False)
+    found = e.estimate_free_energy(u_nk, decorrelate=False)
     n_k = np.array([250, 400, 400, 400, 400])
     mbar = MBAR(u_nk.to_numpy().T, n_k, solver_protocol="robust")
     theirs = mbar.compute_free_energy_differences()
@@ -140,7 +140,7 @@ def test_errors_without_correlation_are_pymbars() -> None:
 def test_order_of_rows_does_not_matter() -> None:
     u_nk, dhdl = harmonic_tables(4, correlation=0.5)
     order = np.random.default_rng(0).permutation(len(u_nk))
-    a, b = e.estimate(u_nk, dhdl), e.estimate(u_nk.iloc[order], dhdl.iloc[order])
+    a, b = e.estimate_free_energy(u_nk, dhdl), e.estimate_free_energy(u_nk.iloc[order], dhdl.iloc[order])
     assert a.delta_f == pytest.approx(b.delta_f, abs=1e-9)
     assert a.estimates["TI"].delta_f == pytest.approx(b.estimates["TI"].delta_f, abs=1e-12)
     assert np.array_equal(a.inefficiency, b.inefficiency)
@@ -155,29 +155,29 @@ def test_two_lambdas() -> None:
     two = u_nk.set_axis(index)
     two.columns = pd.Index([both[lam] for lam in LAMBDAS], tupleize_cols=False)
     two.attrs = dict(u_nk.attrs)
-    assert e.estimate(two).delta_f == pytest.approx(e.estimate(u_nk).delta_f)
+    assert e.estimate_free_energy(two).delta_f == pytest.approx(e.estimate_free_energy(u_nk).delta_f)
     slopes = pd.DataFrame({"a": dhdl["dHdl"].to_numpy() / 2, "b": dhdl["dHdl"].to_numpy() / 2},
                           index=index)  # fmt: skip
     slopes.attrs = dict(u_nk.attrs)
-    assert e.estimate(two, slopes).dhdl.shape == (5, 2)
-    assert e.estimate(two, slopes).estimates["TI"].delta_f == pytest.approx(
-        e.estimate(u_nk, dhdl).estimates["TI"].delta_f
+    assert e.estimate_free_energy(two, slopes).dhdl.shape == (5, 2)
+    assert e.estimate_free_energy(two, slopes).estimates["TI"].delta_f == pytest.approx(
+        e.estimate_free_energy(u_nk, dhdl).estimates["TI"].delta_f
     )
 
 
 def test_states_that_do_not_meet_are_refused() -> None:
     u_nk, _ = harmonic_tables(6, shift=6.0)
     with pytest.raises(PoorOverlapError, match="expected an overlap"):
-        e.estimate(u_nk)
+        e.estimate_free_energy(u_nk)
     # Who insists gets the confident wrong number that the gate is there for.
-    assert math.isfinite(e.estimate(u_nk, min_overlap=0.0).delta_f)
+    assert math.isfinite(e.estimate_free_energy(u_nk, min_overlap=0.0).delta_f)
 
 
 def test_unsampled_states_are_left_out() -> None:
     u_nk, _ = harmonic_tables(7)
     part = u_nk[u_nk.index.get_level_values("lambdas") != 0.5]
     part.attrs = dict(u_nk.attrs)
-    found = e.estimate(part)
+    found = e.estimate_free_energy(part)
     assert found.states == (0.0, 0.25, 0.75, 1.0)
     assert abs(found.delta_f - EXACT) < 5 * found.d_delta_f
 
@@ -236,16 +236,16 @@ def broken(kind: str) -> tuple[object, object]:
 def test_malformed_tables_are_refused(kind: str, error: type, word: str) -> None:
     u_nk, dhdl = broken(kind)
     with pytest.raises(error, match=word):
-        e.estimate(u_nk, dhdl)
+        e.estimate_free_energy(u_nk, dhdl)
 
 
 def test_too_few_frames_are_refused() -> None:
     u_nk, _ = harmonic_tables(9, n=8)
     with pytest.raises(ConvergenceError, match="at least 10 frames"):
-        e.estimate(u_nk)
+        e.estimate_free_energy(u_nk)
     u_nk, _ = harmonic_tables(9, n=60, correlation=0.97)
     with pytest.raises(ConvergenceError, match="independent frames"):
-        e.estimate(u_nk)
+        e.estimate_free_energy(u_nk)
 
 
 def test_combine_refuses_what_does_not_belong_together() -> None:
