@@ -1,0 +1,36 @@
+"""Delta F of the windows, its overlap, and the backbone angles.
+
+    python examples/03_analyse.py example_02
+
+Needs the folder of 02_lambda_windows.py.
+"""
+
+import argparse
+from pathlib import Path
+
+from openmm_diffforce import analysis
+from openmm_diffforce.constants import DHDL_FILE, U_NK_FILE
+from openmm_diffforce.estimate import estimate_free_energy, read_table
+from openmm_diffforce.windows import TOPOLOGY_FILE
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("folder", type=Path)
+arguments = parser.parse_args()
+
+angles = {}
+for name in ("learned", "classical"):
+    run = arguments.folder / name
+    result = estimate_free_energy(read_table(run / U_NK_FILE), read_table(run / DHDL_FILE))
+    print(f"{name}: smallest overlap of neighbours {result.min_overlap:.2f}")
+    for one in result.estimates.values():
+        value, error = one.to("kcal/mol")
+        print(f"  {one.method:5s} {one.delta_f:8.3f} +- {one.d_delta_f:.3f} kT"
+              f"   {value:8.3f} +- {error:.3f} kcal/mol")  # fmt: skip
+    trajectory = analysis.load_trajectory(run / "window_000.dcd", run / TOPOLOGY_FILE)
+    angles[name] = analysis.phi_psi(trajectory)
+
+divergence = analysis.jensen_shannon(angles["learned"], angles["classical"], bins=12)
+print(f"phi/psi at lambda = 0, Jensen-Shannon divergence: {divergence:.3f} nats")
+figure = analysis.phi_psi_figure(angles)
+figure.savefig(arguments.folder / "phi_psi.png", dpi=150)
+print(f"wrote {arguments.folder / 'phi_psi.png'}")

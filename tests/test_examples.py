@@ -1,0 +1,49 @@
+"""The examples run, in small form, one on the output of the other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import openmm_diffforce
+from openmm_diffforce.config import WindowsSettings, load_settings
+
+PACKAGE_HOME = str(Path(openmm_diffforce.__file__).resolve().parents[1])
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(folder: Path, name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGE_HOME},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_three_examples(tmp_path: Path) -> None:
+    out = run(tmp_path, "01_learned_force.py", "--frames", "200", "--steps", "100")
+    assert "dE/dlambda learned" in out
+    # The learned derivative is the force field's, to a few percent, from 200 frames already.
+    learned, exact = (float(out.split(word)[1].split()[0]) for word in ("learned", "exact"))
+    assert learned == pytest.approx(exact, rel=0.1, abs=2.0)
+    out = run(
+        tmp_path, "02_lambda_windows.py", "example_01/alanine.diffforce", "--windows", "3", "--frames", "60"
+    )
+    assert "classical: 180 frames" in out
+    out = run(tmp_path, "03_analyse.py", "example_02")
+    assert out.count("MBAR") == 2
+    assert (tmp_path / "example_02" / "phi_psi.png").exists()
+
+
+def test_the_yaml_file_is_valid() -> None:
+    settings = load_settings(EXAMPLES / "windows.yaml", WindowsSettings)
+    assert settings.force is not None
+    assert settings.force.mode == "operator"
