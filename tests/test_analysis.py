@@ -84,9 +84,7 @@ def test_jensen_shannon_by_hand_and_its_noise_floor() -> None:
     assert a.jensen_shannon(np.full((3, 2), np.pi), np.full((3, 2), -np.pi)) == 0.0
 
 
-@pytest.mark.parametrize(
-    "bad", [np.zeros((3, 3)), np.zeros((0, 2)), [[np.nan, 0.0]], [[170.0, -80.0]]]
-)
+@pytest.mark.parametrize("bad", [np.zeros((3, 3)), np.zeros((0, 2)), [[np.nan, 0.0]], [[170.0, -80.0]]])
 def test_bad_angles(bad: object) -> None:
     with pytest.raises(InputError, match="angles"):
         a.jensen_shannon(bad, np.zeros((3, 2)))

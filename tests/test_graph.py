@@ -7,9 +7,7 @@ from openmm_diffforce.errors import InputError
 from openmm_diffforce.models.graph import MolecularGraph, internal_coordinates, operator_pairs
 
 # ethane: C0 C1, hydrogens 2-4 on C0, 5-7 on C1
-ETHANE = MolecularGraph(
-    ("C", "C", *"HHHHHH"), ((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (1, 7))
-)
+ETHANE = MolecularGraph(("C", "C", *"HHHHHH"), ((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (1, 7)))
 
 
 def test_classes_of_ethane():
@@ -77,9 +75,7 @@ def test_site_without_pairs_is_refused():
         operator_pairs(water, [1])
 
 
-@pytest.mark.parametrize(
-    ("elements", "bonds"), [((), ()), (("C",), ((0, 0),)), (("C", "H"), ((0, 2),))]
-)
+@pytest.mark.parametrize(("elements", "bonds"), [((), ()), (("C",), ((0, 0),)), (("C", "H"), ((0, 2),))])
 def test_bad_graphs(elements, bonds):
     with pytest.raises(InputError):
         MolecularGraph(elements, bonds)
