@@ -4,6 +4,7 @@ The file is a zip archive with ``model.pt`` (TorchScript) and ``metadata.json``;
 comment is the SHA-256 of all bytes before it, so a change of any byte is found on loading.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -123,6 +124,11 @@ def export_artefact(
             f"export: expected a model that compiles in TorchScript, found {type(model).__name__} "
             f"which does not ({type(err).__name__}: {str(err).splitlines()[0]})."
         ) from err
+    if not hasattr(script, "fields"):
+        raise ModelError(
+            f"export: expected {type(model).__name__}.fields to be compiled, found it left out; "
+            "decorate it with @torch.jit.export."
+        )
     dtypes = {b.dtype for b in model.buffers() if b.is_floating_point()}
     dtypes |= {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(dtypes) > 1:
@@ -165,7 +171,8 @@ def export_artefact(
         temporary.write_bytes(content + digest.encode())
         os.replace(temporary, path)
     except OSError as err:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be the folder that is missing
+            temporary.unlink()
         raise ModelError(f"export: cannot write {path} ({err}); the old file, if any, is intact.") from err
     return digest
 
@@ -219,6 +226,10 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes, 
             weights = archive.read("model.pt")
     except (zipfile.BadZipFile, KeyError, ValueError) as err:
         raise ModelError(f"artefact {path}: not a readable artefact ({err}); {advice}.") from err
+    if not isinstance(metadata, dict):
+        raise ModelError(
+            f"artefact {path}: expected metadata with names, found {type(metadata).__name__}; {advice}."
+        )
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise ModelError(
