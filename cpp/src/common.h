@@ -31,6 +31,15 @@
 #define DIFFFORCE_INLINE inline
 #endif
 
+// The iterations of the loop that follows do not touch each other's memory.
+#if defined(__clang__)
+#define DIFFFORCE_VECTORISE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define DIFFFORCE_VECTORISE _Pragma("GCC ivdep")
+#else
+#define DIFFFORCE_VECTORISE
+#endif
+
 namespace diffforce {
 
 struct Error {

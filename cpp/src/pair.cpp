@@ -100,17 +100,56 @@ void check_box(const T* b, double cutoff, int64_t frame) {
              cutoff, width, static_cast<long long>(frame));
 }
 
-/// Nearest image of a displacement; box in reduced form.
+/// Box vectors in reduced form and the inverse of their diagonal.
+template <typename T>
+struct Box {
+    T xx, yx, yy, zx, zy, zz, inverse_x, inverse_y, inverse_z;
+    explicit Box(const T* b)
+        : xx(b[0]),
+          yx(b[3]),
+          yy(b[4]),
+          zx(b[6]),
+          zy(b[7]),
+          zz(b[8]),
+          inverse_x(T(1) / b[0]),
+          inverse_y(T(1) / b[4]),
+          inverse_z(T(1) / b[8]) {}
+};
+
+/// Nearest image of a displacement.
 template <typename S, typename T>
-DIFFFORCE_INLINE void nearest_image(Vec<S>& d, const T* b) {
+DIFFFORCE_INLINE void nearest_image(S& x, S& y, S& z, const Box<T>& box) {
     const T half(0.5);
-    const T n3 = std::floor(primal(d.z) / b[8] + half);
-    d = d - Vec<S>{S(n3 * b[6]), S(n3 * b[7]), S(n3 * b[8])};
-    const T n2 = std::floor(primal(d.y) / b[4] + half);
-    d = d - Vec<S>{S(n2 * b[3]), S(n2 * b[4]), S(T(0))};
-    const T n1 = std::floor(primal(d.x) / b[0] + half);
-    d.x = d.x - S(n1 * b[0]);
+    const T n3 = std::floor(primal(z) * box.inverse_z + half);
+    x = x - S(n3 * box.zx);
+    y = y - S(n3 * box.zy);
+    z = z - S(n3 * box.zz);
+    const T n2 = std::floor(primal(y) * box.inverse_y + half);
+    x = x - S(n2 * box.yx);
+    y = y - S(n2 * box.yy);
+    const T n1 = std::floor(primal(x) * box.inverse_x + half);
+    x = x - S(n1 * box.xx);
 }
+template <typename S, typename T>
+DIFFFORCE_INLINE void nearest_image(Vec<S>& d, const Box<T>& box) {
+    nearest_image(d.x, d.y, d.z, box);
+}
+
+/// The switch from 1 at r_switch to 0 at r_cutoff, and its slope. Without a cutoff it is 1.
+template <typename T>
+struct Switch {
+    T start, inverse;
+    Switch(const diffforce_pair_problem& p, bool cut)
+        : start(cut ? static_cast<T>(p.r_switch) : std::numeric_limits<T>::max()),
+          inverse(cut ? static_cast<T>(1.0 / (p.r_cutoff - p.r_switch)) : T(0)) {}
+    template <typename S>
+    DIFFFORCE_INLINE S at(S r, S& slope) const {
+        const S beyond = primal(r) > start ? r - S(start) : S(T(0));
+        const S y = beyond * S(inverse), rest = S(T(1)) - y;
+        slope = S(T(-30) * inverse) * y * y * rest * rest;
+        return S(T(1)) - y * y * y * (S(T(10)) - S(T(15)) * y + S(T(6)) * y * y);
+    }
+};
 
 /// Value, sigma derivative and lambda derivative, side by side.
 constexpr int channels = 4;  // the fourth pads to a vector register
@@ -154,35 +193,23 @@ struct Sums {
     S channel[channels];
 };
 
-/// One pair: adds to the sums, returns dvalue/dr / r.
+/// One pair: adds to the sums, returns dvalue/dr.
 template <typename T, typename S>
-DIFFFORCE_INLINE S one_pair(const diffforce_pair_problem& p, const Rows<T, S>& rows,
-                            const T* r_grid, int64_t type, S r2, bool cut, Sums<S>& sums) {
-    const S r = square_root(r2);
+DIFFFORCE_INLINE S one_pair(int64_t n_coef, const Rows<T, S>& rows, const T* r_grid, int64_t type,
+                            S r, S fade, S fade_slope, Sums<S>& sums) {
     const T lo = r_grid[2 * type], inverse_h = T(1) / r_grid[2 * type + 1];
-    const Place<S> at = locate((r - S(lo)) * S(inverse_h), p.n_coef, false);
+    const Place<S> at = locate((r - S(lo)) * S(inverse_h), n_coef, false);
     S w[4], d[4], c[4][channels], value[channels], rise[channels];
     basis(at.u, w);
     basis_slope(at.u, d);
     rows.get(type, at.first, c);
     for (int j = 0; j < channels; ++j) {
-        value[j] = w[0] * c[0][j] + w[1] * c[1][j] + w[2] * c[2][j] + w[3] * c[3][j];
         rise[j] = d[0] * c[0][j] + d[1] * c[1][j] + d[2] * c[2][j] + d[3] * c[3][j];
+        value[j] = w[0] * c[0][j] + w[1] * c[1][j] + w[2] * c[2][j] + w[3] * c[3][j];
         value[j] += at.over * rise[j];
+        sums.channel[j] += value[j] * fade;
     }
-    S slope = rise[0] * S(inverse_h);
-    if (cut && primal(r) > static_cast<T>(p.r_switch)) {
-        const T width = static_cast<T>(p.r_cutoff - p.r_switch);
-        const S y = (r - S(static_cast<T>(p.r_switch))) * S(T(1) / width);
-        const S rest = S(T(1)) - y;
-        const S fade = S(T(1)) - y * y * y * (S(T(10)) - S(T(15)) * y + S(T(6)) * y * y);
-        const S fade_slope = S(T(-30) / width) * y * y * rest * rest;
-        slope = slope * fade + value[0] * fade_slope;
-        for (int j = 0; j < channels; ++j) value[j] = value[j] * fade;
-    }
-    for (int j = 0; j < channels; ++j) sums.channel[j] += value[j];
-    // Coincident atoms have no direction: no force.
-    return primal(r) > T(0) ? slope / r : S(T(0));
+    return rise[0] * S(inverse_h) * fade + value[0] * fade_slope;
 }
 
 /// Scratch of one thread, kept from frame to frame.
@@ -193,65 +220,96 @@ struct Scratch {
     std::vector<Vec<S>> x, g;
     LambdaWeights lam;
     // Environment atoms near the sites, as arrays of coordinates.
-    std::vector<T> cx, cy, cz, dx, dy, dz, r2;
+    std::vector<T> cx, cy, cz, dx, dy, dz, r2, r, fade, slope;
     std::vector<int64_t> candidates, hits;
     T last_sigma = T(-1), last_lam = T(-1);
 };
 
 template <typename T>
 DIFFFORCE_INLINE void frame_generic(const diffforce_pair_problem& p, const Rows<T, Dual<T>>& rows,
-                                    const T* r_grid, const T* box, bool cut, const Vec<Dual<T>>* x,
-                                    Vec<Dual<T>>* g, Sums<Dual<T>>& sums) {
+                                    const T* r_grid, const Box<T>* box, bool cut,
+                                    const Vec<Dual<T>>* x, Vec<Dual<T>>* g, Sums<Dual<T>>& sums) {
     using S = Dual<T>;
+    const Switch<T> fading(p, cut);
     const T cutoff2 = static_cast<T>(p.r_cutoff * p.r_cutoff);
     for (int64_t a = 0; a < p.n_sites; ++a)
         for (int64_t b = 0; b < p.n_env; ++b) {
             const int64_t type = p.pair_type[a * p.n_env + b];
             if (type < 0) continue;
             Vec<S> d = x[p.sites[a]] - x[p.env[b]];
-            if (box != nullptr) nearest_image(d, box);
+            if (box != nullptr) nearest_image(d, *box);
             const S r2 = dot(d, d);
             if (cut && primal(r2) >= cutoff2) continue;
-            const S force = one_pair(p, rows, r_grid, type, r2, cut, sums);
+            S fade_slope;
+            const S r = square_root(r2), fade = fading.at(r, fade_slope);
+            const S slope = one_pair(p.n_coef, rows, r_grid, type, r, fade, fade_slope, sums);
+            // Coincident atoms have no direction: no force.
+            const S force = primal(r) > T(0) ? slope / r : S(T(0));
             g[p.sites[a]] = g[p.sites[a]] + force * d;
             g[p.env[b]] = g[p.env[b]] - force * d;
         }
 }
 
+/// Displacements from n points (s.cx ...) to `to`, and their squares; vectorised.
+template <typename T>
+DIFFFORCE_INLINE void distances(int64_t n, Vec<T> to, const Box<T>* box, Scratch<T, T>& s) {
+    const T* __restrict cx = s.cx.data(), * __restrict cy = s.cy.data(), * __restrict cz = s.cz.data();
+    T* __restrict dx = s.dx.data(), * __restrict dy = s.dy.data(), * __restrict dz = s.dz.data();
+    T* __restrict r2 = s.r2.data();
+    if (box == nullptr) {
+        DIFFFORCE_VECTORISE
+        for (int64_t k = 0; k < n; ++k) {
+            const T x = to.x - cx[k], y = to.y - cy[k], z = to.z - cz[k];
+            dx[k] = x;
+            dy[k] = y;
+            dz[k] = z;
+            r2[k] = x * x + y * y + z * z;
+        }
+        return;
+    }
+    const Box<T> b = *box;
+    DIFFFORCE_VECTORISE
+    for (int64_t k = 0; k < n; ++k) {
+        T x = to.x - cx[k], y = to.y - cy[k], z = to.z - cz[k];
+        nearest_image(x, y, z, b);
+        dx[k] = x;
+        dy[k] = y;
+        dz[k] = z;
+        r2[k] = x * x + y * y + z * z;
+    }
+}
+
 /// Environment atoms that can be within the cutoff of any site, by their distance to the sites'
 /// middle. Returns false where the nearest image is not certain to be found that far out.
 template <typename T>
-DIFFFORCE_INLINE bool prefilter(const diffforce_pair_problem& p, const T* box, const Vec<T>* x,
+DIFFFORCE_INLINE bool prefilter(const diffforce_pair_problem& p, const Box<T>* box, const Vec<T>* x,
                                 Scratch<T, T>& s) {
     const Vec<T> origin = x[p.sites[0]];
     Vec<T> middle{T(0), T(0), T(0)};
     for (int64_t a = 0; a < p.n_sites; ++a) {
         Vec<T> d = x[p.sites[a]] - origin;
-        if (box != nullptr) nearest_image(d, box);
+        if (box != nullptr) nearest_image(d, *box);
         middle = middle + d;
     }
     middle = origin + (T(1) / static_cast<T>(p.n_sites)) * middle;
     T radius2(0);
     for (int64_t a = 0; a < p.n_sites; ++a) {
         Vec<T> d = x[p.sites[a]] - middle;
-        if (box != nullptr) nearest_image(d, box);
+        if (box != nullptr) nearest_image(d, *box);
         radius2 = std::max(radius2, dot(d, d));
     }
     const T reach = static_cast<T>(p.r_cutoff * (1.0 + 1e-5)) + std::sqrt(radius2);
-    if (box != nullptr && reach > T(0.5) * std::min(box[0], std::min(box[4], box[8]))) return false;
+    if (box != nullptr && reach > T(0.5) * std::min(box->xx, std::min(box->yy, box->zz)))
+        return false;
     const int64_t n = p.n_env;
-    T *dx = s.dx.data(), *dy = s.dy.data(), *dz = s.dz.data(), *r2 = s.r2.data();
     for (int64_t b = 0; b < n; ++b) {
         const Vec<T>& from = x[p.env[b]];
-        dx[b] = from.x - middle.x;
-        dy[b] = from.y - middle.y;
-        dz[b] = from.z - middle.z;
+        s.cx[b] = from.x;
+        s.cy[b] = from.y;
+        s.cz[b] = from.z;
     }
-    for (int64_t b = 0; b < n; ++b) {
-        Vec<T> d{dx[b], dy[b], dz[b]};
-        if (box != nullptr) nearest_image(d, box);
-        r2[b] = dot(d, d);
-    }
+    distances(n, middle, box, s);
+    const T* r2 = s.r2.data();
     s.candidates.clear();
     for (int64_t b = 0; b < n; ++b)
         if (r2[b] < reach * reach) s.candidates.push_back(b);
@@ -260,50 +318,63 @@ DIFFFORCE_INLINE bool prefilter(const diffforce_pair_problem& p, const T* box, c
 
 template <typename T>
 DIFFFORCE_INLINE void frame_fast(const diffforce_pair_problem& p, const Rows<T, T>& rows,
-                                 const T* r_grid, const T* box, bool cut, const Vec<T>* x,
+                                 const T* r_grid, const Box<T>* box, bool cut, const Vec<T>* x,
                                  Vec<T>* g, Sums<T>& sums, Scratch<T, T>& s) {
     if (p.n_sites == 0 || p.n_env == 0) return;
     const size_t n_env = static_cast<size_t>(p.n_env);
-    if (s.dx.size() < n_env)
-        for (auto* v : {&s.cx, &s.cy, &s.cz, &s.dx, &s.dy, &s.dz, &s.r2}) v->resize(n_env);
+    if (s.dx.size() < n_env) {
+        for (auto* v : {&s.cx, &s.cy, &s.cz, &s.dx, &s.dy, &s.dz, &s.r2, &s.r, &s.fade, &s.slope})
+            v->resize(n_env);
+        s.hits.resize(n_env);
+    }
     if (!(cut && p.n_env > 64 && prefilter(p, box, x, s))) {
         s.candidates.resize(n_env);
         for (size_t b = 0; b < n_env; ++b) s.candidates[b] = static_cast<int64_t>(b);
     }
     const int64_t n = static_cast<int64_t>(s.candidates.size());
     const int64_t* candidates = s.candidates.data();
-    T *cx = s.cx.data(), *cy = s.cy.data(), *cz = s.cz.data();
-    T *dx = s.dx.data(), *dy = s.dy.data(), *dz = s.dz.data(), *r2 = s.r2.data();
     for (int64_t k = 0; k < n; ++k) {
         const Vec<T>& from = x[p.env[candidates[k]]];
-        cx[k] = from.x;
-        cy[k] = from.y;
-        cz[k] = from.z;
+        s.cx[k] = from.x;
+        s.cy[k] = from.y;
+        s.cz[k] = from.z;
     }
+    const Switch<T> fading(p, cut);
     const T cutoff2 = cut ? static_cast<T>(p.r_cutoff * p.r_cutoff) : std::numeric_limits<T>::max();
+    const T *r2 = s.r2.data(), *dx = s.dx.data(), *dy = s.dy.data(), *dz = s.dz.data();
+    T* __restrict r = s.r.data(), * __restrict fade = s.fade.data();
+    T* __restrict slope = s.slope.data();
+    int64_t* hits = s.hits.data();
     for (int64_t a = 0; a < p.n_sites; ++a) {
-        const Vec<T> site = x[p.sites[a]];
-        for (int64_t k = 0; k < n; ++k) {
-            Vec<T> d{site.x - cx[k], site.y - cy[k], site.z - cz[k]};
-            if (box != nullptr) nearest_image(d, box);
-            dx[k] = d.x;
-            dy[k] = d.y;
-            dz[k] = d.z;
-            r2[k] = dot(d, d);
-        }
+        distances(n, x[p.sites[a]], box, s);
         const int64_t* types = p.pair_type + a * p.n_env;
-        Vec<T> total{T(0), T(0), T(0)};
+        int64_t n_hits = 0;
         for (int64_t k = 0; k < n; ++k) {
-            if (!(r2[k] < cutoff2)) continue;
-            const int64_t type = types[candidates[k]];
-            if (type < 0) continue;
-            const T force = one_pair(p, rows, r_grid, type, r2[k], cut, sums);
+            hits[n_hits] = k;
+            n_hits += static_cast<int64_t>((r2[k] < cutoff2) & (types[candidates[k]] >= 0));
+        }
+        for (int64_t i = 0; i < n_hits; ++i) r[i] = r2[hits[i]];
+        DIFFFORCE_VECTORISE
+        for (int64_t i = 0; i < n_hits; ++i) {
+            r[i] = std::sqrt(r[i]);
+            fade[i] = fading.at(r[i], slope[i]);
+        }
+        // Local: gradient entries cannot be these numbers, so that they stay in registers.
+        Vec<T> total{T(0), T(0), T(0)};
+        Sums<T> site_sums{{T(0), T(0), T(0), T(0)}};
+        for (int64_t i = 0; i < n_hits; ++i) {
+            const int64_t k = hits[i], b = candidates[k];
+            const T rise =
+                one_pair(p.n_coef, rows, r_grid, types[b], r[i], fade[i], slope[i], site_sums);
+            // Coincident atoms have no direction: no force.
+            const T force = r[i] > T(0) ? rise / r[i] : T(0);
             const Vec<T> pull{force * dx[k], force * dy[k], force * dz[k]};
             total = total + pull;
-            Vec<T>& other = g[p.env[candidates[k]]];
+            Vec<T>& other = g[p.env[b]];
             other = other - pull;
         }
         g[p.sites[a]] = g[p.sites[a]] + total;
+        for (int j = 0; j < channels; ++j) sums.channel[j] += site_sums.channel[j];
     }
 }
 
@@ -324,29 +395,27 @@ DIFFFORCE_INLINE void blend_all(const Rows<T, S>& rows, int64_t n_types, S* read
 }
 
 // The clones: one body for each instruction set.
-#define DIFFFORCE_BODY(T, suffix)                                                                 \
-    DIFFFORCE_CLONES void fast_##suffix(const diffforce_pair_problem& p, const Rows<T, T>& rows,  \
-                                        const T* r_grid, const T* box, bool cut, const Vec<T>* x, \
-                                        Vec<T>* g, Sums<T>& sums, Scratch<T, T>& s) {             \
-        if (box != nullptr)                                                                       \
-            frame_fast(p, rows, r_grid, box, cut, x, g, sums, s);                                 \
-        else                                                                                      \
-            frame_fast(p, rows, r_grid, static_cast<const T*>(nullptr), cut, x, g, sums, s);      \
-    }                                                                                             \
-    DIFFFORCE_CLONES void blend_##suffix(const Rows<T, T>& rows, int64_t n_types, T* ready) {     \
-        blend_all(rows, n_types, ready);                                                          \
+#define DIFFFORCE_BODY(T, suffix)                                                                \
+    DIFFFORCE_CLONES void fast_##suffix(const diffforce_pair_problem& p, const Rows<T, T>& rows, \
+                                        const T* r_grid, const Box<T>* box, bool cut,            \
+                                        const Vec<T>* x, Vec<T>* g, Sums<T>& sums,               \
+                                        Scratch<T, T>& s) {                                      \
+        frame_fast(p, rows, r_grid, box, cut, x, g, sums, s);                                    \
+    }                                                                                            \
+    DIFFFORCE_CLONES void blend_##suffix(const Rows<T, T>& rows, int64_t n_types, T* ready) {    \
+        blend_all(rows, n_types, ready);                                                         \
     }
 DIFFFORCE_BODY(float, f32)
 DIFFFORCE_BODY(double, f64)
 #undef DIFFFORCE_BODY
 
 inline void fast(const diffforce_pair_problem& p, const Rows<float, float>& rows, const float* grid,
-                 const float* box, bool cut, const Vec<float>* x, Vec<float>* g, Sums<float>& sums,
-                 Scratch<float, float>& s) {
+                 const Box<float>* box, bool cut, const Vec<float>* x, Vec<float>* g,
+                 Sums<float>& sums, Scratch<float, float>& s) {
     fast_f32(p, rows, grid, box, cut, x, g, sums, s);
 }
 inline void fast(const diffforce_pair_problem& p, const Rows<double, double>& rows,
-                 const double* grid, const double* box, bool cut, const Vec<double>* x,
+                 const double* grid, const Box<double>* box, bool cut, const Vec<double>* x,
                  Vec<double>* g, Sums<double>& sums, Scratch<double, double>& s) {
     fast_f64(p, rows, grid, box, cut, x, g, sums, s);
 }
@@ -403,6 +472,7 @@ void run(const diffforce_pair_problem& p, const T* x, const T* sigma, const T* l
     const bool ahead = n_pairs * 2 > p.n_types * p.n_coef;
     const int threads = p.n_frames * n_pairs > 100000 ? resolve_threads(0) : 1;
     parallel(p.n_frames, threads, [&](int64_t begin, int64_t end, int) {
+        const T unit_box[9] = {T(1), T(0), T(0), T(0), T(1), T(0), T(0), T(0), T(1)};
         Scratch<T, S> s;
         s.x.resize(n);
         s.g.resize(n);
@@ -432,7 +502,8 @@ void run(const diffforce_pair_problem& p, const T* x, const T* sigma, const T* l
                 s.g[i] = {S(T(0)), S(T(0)), S(T(0))};
             }
             Sums<S> sums{{S(T(0)), S(T(0)), S(T(0)), S(T(0))}};
-            const T* frame_box = box == nullptr ? nullptr : box + 9 * f;
+            const Box<T> vectors(box == nullptr ? unit_box : box + 9 * f);
+            const Box<T>* frame_box = box == nullptr ? nullptr : &vectors;
             if constexpr (std::is_same<S, T>::value)
                 fast(p, rows, arrays.r_grid, frame_box, cut, s.x.data(), s.g.data(), sums, s);
             else

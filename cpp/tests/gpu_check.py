@@ -95,7 +95,7 @@ def problem(
         "sites": torch.arange(n_sites),
         "env": torch.arange(n_sites, n),
         "pair_type": (torch.arange(n_sites)[:, None] + torch.arange(n_env)) % 5 - 1,
-        "table": (kinds * slopes * torch.exp(-0.5 * (centres / widths) ** 2)).contiguous(),
+        "table": (kinds * slopes * (torch.exp(-0.5 * (centres / widths) ** 2) + 0.2)).contiguous(),
         "r_grid": torch.tensor([[0.1, 0.01]] * 4, dtype=F64),
         "lam_knots": torch.linspace(0.0, 1.0, n_lam, dtype=F64),
         "sigma_knots": sigma_knots,
