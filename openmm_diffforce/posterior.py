@@ -306,7 +306,7 @@ def _mode(
         return float(_fields(model, x[None], lam)[0][0] + ((x - y) ** 2).sum() / (2 * sigma**2))
 
     x = y.copy()
-    for iteration in range(1, n_most + 1):
+    for n_iterations in range(1, n_most + 1):  # noqa: B007 (it is returned)
         around = _fields(model, x + shifts, lam)[1]
         hessian = (around[:n] - around[n:]) / 2e-5
         gradient = _fields(model, x[None], lam)[1][0] + (x - y) / sigma**2
@@ -330,5 +330,5 @@ def _mode(
     shape = frame.shape
     return (
         x.reshape(shape), target(x), ((x - y) / sigma**2).reshape(shape),
-        float(_fields(model, x[None], lam)[2][0]), slope.reshape(shape), iteration,
+        float(_fields(model, x[None], lam)[2][0]), slope.reshape(shape), n_iterations,
     )  # fmt: skip
