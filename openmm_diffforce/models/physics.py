@@ -20,6 +20,7 @@ There are no force-field parameters and no r^-12, r^-6 or 1/r columns in this ba
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,8 +100,9 @@ class PhysicalModel(ActionModel):
 
     Notes
     -----
-    Deterministic; twice differentiable in x and lam. :meth:`fields` returns the kernel's own
-    derivatives, without autograd. Both methods compile in TorchScript.
+    Deterministic. :meth:`fields` and :meth:`operator_gradient` return the kernel's own derivatives,
+    without autograd. Everything compiles in TorchScript; autograd sees through :meth:`forward`
+    (twice) in Python only.
     """
 
     def __init__(self, base: BaseTables, operator: OperatorTables | None, schedule: NoiseSchedule) -> None:
@@ -161,6 +163,8 @@ class PhysicalModel(ActionModel):
         alpha, sigma = self._noise(t)
         z = x / alpha[:, None, None]
         tau = sigma / alpha
+        if not torch.jit.is_scripting():
+            return self._differentiable(z, tau, lam) + self.n_dof * torch.log(alpha)
         action = torch.ops.diffforce.internal_action(
             z, tau, self.atoms, self.cls, self.kind, self.grid, self.offsets, self.coef,
             self.base_sigma,
@@ -172,6 +176,22 @@ class PhysicalModel(ActionModel):
                 True,
             )[0]  # fmt: skip
         return action + self.n_dof * torch.log(alpha)
+
+    @torch.jit.unused
+    def _differentiable(self, z: Tensor, tau: Tensor, lam: Tensor) -> Tensor:
+        """The action of z by the doors of ``ops``, which autograd sees through twice."""
+        m: Any = self  # buffers are Tensors, whatever torch's types say
+        action = ops.internal_action(
+            z, tau, atoms=m.atoms, cls=m.cls, kind=m.kind, grid=m.grid,
+            offsets=m.offsets, coef=m.coef, sigma_knots=m.base_sigma,
+        )[0]  # fmt: skip
+        if not m.has_operator:
+            return action
+        return action + ops.pair_operator(
+            z, tau, lam, sites=m.sites, env=m.env, pair_type=m.pair_type, table=m.table,
+            r_grid=m.r_grid, lam_knots=m.lam_knots, sigma_knots=m.operator_sigma,
+            r_switch=m.r_switch, r_cutoff=m.r_cutoff, integrated=True,
+        )[0]  # fmt: skip
 
     @torch.jit.export
     def fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,6 +239,20 @@ class PhysicalModel(ActionModel):
             self.r_switch, self.r_cutoff, True,
         )  # fmt: skip
         return increment, gradient / alpha[:, None, None], d_lam
+
+    @torch.jit.export
+    def operator_gradient(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
+        """Gradient of the noised operator, d2S/dx dlam [n_frames, n_atoms, 3], in 1/nm."""
+        if not self.has_operator:
+            return torch.zeros_like(x)
+        alpha, sigma = self._noise(t)
+        gradient, _, _ = torch.ops.diffforce.pair_operator_hvp(
+            x / alpha[:, None, None], sigma / alpha, lam, self.no_box, self.sites, self.env,
+            self.pair_type, self.table, self.r_grid, self.lam_knots, self.operator_sigma,
+            self.r_switch, self.r_cutoff, True, torch.zeros_like(x), torch.zeros_like(t),
+            torch.ones_like(lam),
+        )  # fmt: skip
+        return gradient / alpha[:, None, None]
 
 
 def base_tables(model: torch.nn.Module, graph: MolecularGraph) -> BaseTables:
