@@ -72,25 +72,29 @@ class _Evaluator(torch.nn.Module):
         shifts = self.path @ torch.stack([shift_a, shift_b, shift_c], dim=1)
         return x - shifts @ box
 
-    def evaluate(self, x: Tensor, lam: Tensor, noise: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """E [1], forces [n_atoms, 3], dE/dlambda [1] for the model's atoms x [n_atoms, 3].
+    def evaluate(self, x: Tensor, lam: float, noise: float, scale: float) -> tuple[float, Tensor, float]:
+        """E, forces [n_atoms, 3], dE/dlambda for the model's atoms x [n_atoms, 3].
 
-        Written for few torch operations: each costs microseconds in an MD step.
+        Scalars are Python's: a torch operation costs microseconds in an MD step, these do not.
         """
         factor = scale * self.kt
-        y = x.unsqueeze(0)
         slope = -factor
+        t = torch.full([1], noise, dtype=x.dtype)
+        y = x.unsqueeze(0)
         if self.schedule_kind != 0:
-            alpha, _ = alpha_sigma(
-                self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, noise
+            alpha = float(
+                alpha_sigma(self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t)[
+                    0
+                ]
             )
             y = alpha * y
-            slope = slope * float(alpha)
+            slope = slope * alpha
+        lam_tensor = torch.full([1], lam, dtype=x.dtype)
         if self.operator:
-            action, gradient, d_lam = self.increment(y, noise, lam)
+            action, gradient, d_lam = self.increment(y, t, lam_tensor)
         else:
-            action, gradient, d_lam = self.model.fields(y, noise, lam)
-        return factor * action, slope * gradient[0], factor * d_lam
+            action, gradient, d_lam = self.model.fields(y, t, lam_tensor)
+        return factor * float(action), slope * gradient[0], factor * float(d_lam)
 
     def increment(self, y: Tensor, noise: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S(y, t, lam) - S(y, t, 0), for any model of the contract."""
@@ -125,17 +129,15 @@ class _TorchForceModule(torch.nn.Module):
     def finish(
         self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        lam_value = lam.data
-        energy, forces, d_lam = self.evaluator.evaluate(
-            x, lam_value.reshape(1).to(x.dtype), noise.data.reshape(1).to(x.dtype), float(scale)
-        )
+        lam_value = float(lam)
+        energy, forces, d_lam = self.evaluator.evaluate(x, lam_value, float(noise), float(scale))
         out = forces.to(positions.dtype)
         if not self.every_atom:
             out = torch.zeros_like(positions)
             out[self.evaluator.atoms] = forces.to(positions.dtype)
         # TorchForce differentiates the energy with respect to lambda after freezing, which drops
         # detach(): the derivative enters as an explicit linear term of value zero.
-        return (energy + d_lam * (lam - lam_value)).sum(), out
+        return (lam - lam_value) * d_lam + energy, out
 
 
 class _OpenModule(_TorchForceModule):
@@ -184,7 +186,7 @@ class _PythonComputation:
         self.periodic = periodic
         self.subset = subset  # OpenMM hands over the subset's positions already
 
-    def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[Tensor, ...]:
+    def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[float, Tensor, float]:
         e = self.evaluator
         dtype = torch.float64 if e.use_double else torch.float32
         values = state.getParameters()
@@ -194,13 +196,13 @@ class _PythonComputation:
         if self.periodic:
             vectors = state.getPeriodicBoxVectors(asNumpy=True)._value
             x = e.whole(x, torch.as_tensor(np.array(vectors), dtype=dtype))
-        lam, noise = (torch.tensor([values[self.prefix + name]], dtype=dtype) for name in (LAMBDA, NOISE))
+        lam, noise, scale = (values[self.prefix + name] for name in (LAMBDA, NOISE, SCALE))
         with torch.no_grad():
-            return e.evaluate(x, lam, noise, values[self.prefix + SCALE])
+            return e.evaluate(x, lam, noise, scale)
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
         energy, forces, _ = self.fields(state)
-        return float(energy), forces.numpy().astype(np.float64, copy=False)
+        return energy, forces.numpy().astype(np.float64, copy=False)
 
 
 class DiffusionForce:
@@ -542,7 +544,7 @@ class _PythonDiffusionForce(DiffusionForce, openmm.PythonForce):
 
     def energy_derivative(self, context: openmm.Context) -> float:
         state = context.getState(positions=True, parameters=True)
-        return float(self._computation.fields(state, whole_system=True)[2])
+        return self._computation.fields(state, whole_system=True)[2]
 
 
 _TORCHFORCE_CLASS: type[DiffusionForce] | None = None
