@@ -105,11 +105,22 @@ def check_frames(x: Any, n_atoms: int, *, name: str = "x") -> np.ndarray:
 
 def _check_knots(sigma_knots: Sequence[float]) -> np.ndarray:
     knots = np.asarray(sigma_knots, dtype=float)
-    if knots.ndim != 1 or len(knots) < 2 or knots[0] != 0 or (np.diff(knots) <= 0).any():
+    if (
+        knots.ndim != 1
+        or len(knots) < 2
+        or knots[0] != 0
+        or not np.isfinite(knots).all()
+        or (np.diff(knots) <= 0).any()
+    ):
         raise InputError(
             f"sigma_knots: expected increasing noise levels [nm] that start at 0, found {knots}."
         )
     return knots
+
+
+def _check_draws(n_draws: int) -> None:
+    if not isinstance(n_draws, int | np.integer) or n_draws < 1:
+        raise InputError(f"n_draws: expected a whole number >= 1, found {n_draws!r}.")
 
 
 def _roughness(n: int, periodic: bool) -> np.ndarray:
@@ -166,6 +177,8 @@ def _best_penalty(
 
 def _blocks(n_frames: int, holdout: float) -> np.ndarray:
     """True for held-out frames: the last contiguous fraction, so that time correlation stays out."""
+    if not 0 < holdout < 1:
+        raise InputError(f"holdout: expected a fraction of the frames in (0, 1), found {holdout!r}.")
     test = np.zeros(n_frames, dtype=bool)
     test[int(np.ceil(n_frames * (1 - holdout))):] = True  # fmt: skip
     if test.all() or not test.any():
@@ -223,6 +236,7 @@ def fit_base_action(
     """
     x = check_frames(x, int(coordinates.atoms.max()) + 1)
     knots = _check_knots(sigma_knots)
+    _check_draws(n_draws)
     test = _blocks(len(x), holdout)
     started = time.process_time()
     n_coefs = np.array([N_COEFS[r] for r in coordinates.role])
@@ -242,6 +256,10 @@ def fit_base_action(
                 # E_1[grad phi . grad(S_0 + O)] = E_1[lap phi]: O's part moves to the right side.
                 x_1 = check_frames(other_end[0], x.shape[1], name="other_end")
                 grad_o = check_frames(other_end[1], x.shape[1], name="other_end gradient")
+                if len(grad_o) != len(x_1):
+                    raise InputError(
+                        f"other_end gradient: expected one per frame ({len(x_1)}), found {len(grad_o)}."
+                    )
                 y = np.concatenate([x, x_1])
                 target = np.concatenate([target, -grad_o])
                 held = np.concatenate([test, _blocks(len(x_1), holdout)])
@@ -342,6 +360,7 @@ def fit_operator(
         If the normal equations cannot be solved.
     """
     knots = _check_knots(sigma_knots)
+    _check_draws(n_draws)
     frames, values = [], []
     for end, (x, o) in enumerate(((x_0, o_0), (x_1, o_1))):
         x = check_frames(x, graph.n_atoms, name=f"x_{end}")

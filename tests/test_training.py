@@ -1,0 +1,427 @@
+"""The fits, held to densities and operators that are known exactly."""
+
+import json
+from collections.abc import Callable
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.interpolate
+import torch
+
+from openmm_diffforce import training
+from openmm_diffforce.errors import DiffForceError, InputError
+from openmm_diffforce.models.graph import MolecularGraph, internal_coordinates
+from openmm_diffforce.models.physics import OperatorTables, PhysicalModel
+from openmm_diffforce.schedule import VESchedule
+from openmm_diffforce.training import (
+    DEFAULT_SIGMA_KNOTS,
+    fit_base_action,
+    fit_operator,
+    fit_physical_model,
+)
+
+from . import tiny
+
+F64 = torch.float64
+DIATOMIC = MolecularGraph(("H", "F"), ((0, 1),))
+BENT = MolecularGraph(("O", "H", "H"), ((0, 1), (0, 2)))
+CHAIN = MolecularGraph(("C", "N", "O", "F"), ((0, 1), (1, 2), (2, 3)))  # one pair: 0 and 3
+
+STIFFNESS = 1.0e4
+"""k [1/nm^2]: bonds of 0.1 nm that vary by 0.01 nm."""
+LENGTH = 0.1
+
+
+def r_squared(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(1 - ((found - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+# ------------------------------------------------------------------ exact samples
+
+
+def draw(density: Callable[[np.ndarray], np.ndarray], low: float, high: float, n: int,
+         generator: np.random.Generator) -> np.ndarray:  # fmt: skip
+    """Exact samples of a 1-D density, by rejection from a uniform."""
+    top = 1.001 * density(np.linspace(low, high, 4001)).max()
+    out = np.empty(0)
+    while len(out) < n:
+        q = generator.uniform(low, high, 8 * n)
+        out = np.concatenate([out, q[generator.uniform(0, top, len(q)) < density(q)]])
+    return out[:n]
+
+
+def bond_density(r: np.ndarray, k: float = STIFFNESS, r0: float = LENGTH) -> np.ndarray:
+    """exp(-S) in space is r^2 exp(-S) in r."""
+    return r**2 * np.exp(-0.5 * k * (r - r0) ** 2)
+
+
+def bond_lengths(n: int, generator: np.random.Generator, k: float = STIFFNESS, r0: float = LENGTH):  # type: ignore[no-untyped-def]
+    return draw(lambda r: bond_density(r, k, r0), r0 - 0.08, r0 + 0.08, n, generator)
+
+
+def directions(n: int, generator: np.random.Generator) -> np.ndarray:
+    v = generator.standard_normal((n, 3))
+    return v / np.linalg.norm(v, axis=1, keepdims=True)
+
+
+def diatomics(n: int, generator: np.random.Generator, k: float = STIFFNESS, r0: float = LENGTH) -> np.ndarray:
+    d = bond_lengths(n, generator, k, r0)[:, None] * directions(n, generator)
+    return np.stack([-0.5 * d, 0.5 * d], axis=1)
+
+
+def slope_of(model: PhysicalModel, r: np.ndarray, sigma: float = 0.0) -> np.ndarray:
+    """dS/dr of a diatomic model at bond lengths r."""
+    x = np.zeros((len(r), 2, 3))
+    x[:, 1, 0] = r
+    t = np.full(len(r), np.sqrt(sigma / model.sigma_max))
+    _, gradient, _ = model.fields(torch.as_tensor(x), torch.as_tensor(t), torch.zeros(len(r), dtype=F64))
+    return gradient[:, 1, 0].numpy()
+
+
+def noised_slope(r: np.ndarray, sigma: float) -> np.ndarray:
+    """Exact dS_t/dr of the diatomic: both atoms noised, the bond vector by sqrt(2) sigma.
+
+    The Gaussian averaged over a sphere is exp(-(R - r)^2/2s^2) (1 - exp(-2Rr/s^2)) / (R r).
+    """
+    s2 = 2 * sigma**2
+    q = np.linspace(LENGTH - 0.08, LENGTH + 0.08, 4001)
+
+    def action(big: np.ndarray) -> np.ndarray:
+        big = big[:, None]
+        kernel = np.exp(-((big - q) ** 2) / (2 * s2)) * -np.expm1(-2 * big * q / s2) / (big * q)
+        return -np.log((bond_density(q) * kernel).sum(axis=1))
+
+    h = 1e-6
+    return (action(r + h) - action(r - h)) / (2 * h)
+
+
+# ------------------------------------------------------------------ the base action
+
+
+SIGMA = 0.008
+
+
+@pytest.fixture(scope="module")
+def diatomic_model() -> PhysicalModel:
+    generator = np.random.default_rng(1)
+    fit = fit_base_action(diatomics(6000, generator), internal_coordinates(DIATOMIC),
+                          sigma_knots=(0.0, SIGMA, 0.02), generator=generator)  # fmt: skip
+    return PhysicalModel(fit.tables, None, VESchedule(0.02))
+
+
+def test_score_matching_finds_a_known_action(diatomic_model):
+    # Within 2 standard deviations; a missing Laplacian's Jacobian term alone is 2/r = 20 / nm.
+    r = LENGTH + np.linspace(-2, 2, 41) / np.sqrt(STIFFNESS)
+    error = slope_of(diatomic_model, r) - STIFFNESS * (r - LENGTH)
+    assert np.sqrt((error**2).mean()) < 0.06 * np.sqrt(STIFFNESS)
+
+
+@pytest.mark.parametrize("sigma", [SIGMA, 0.02])
+def test_denoising_finds_the_noised_action(diatomic_model, sigma):
+    spread = np.sqrt(1 / STIFFNESS + 2 * sigma**2)
+    r = LENGTH + np.linspace(-2, 2, 41) * spread
+    exact = noised_slope(r, sigma)
+    error = slope_of(diatomic_model, r, sigma) - exact
+    assert np.sqrt((error**2).mean()) < 0.06 / spread
+    clean = STIFFNESS * (r - LENGTH)
+    assert np.sqrt(((clean - exact) ** 2).mean()) > 0.5 / spread  # the noise is not small
+
+
+def test_the_other_end_teaches_the_base_action():
+    """Frames of end 1 with grad O carry S_0 to where end 0 has no frames."""
+    generator = np.random.default_rng(2)
+    shifted = LENGTH + 0.03
+    x_0, x_1 = diatomics(500, generator), diatomics(6000, generator, r0=shifted)
+    d = x_1[:, 1] - x_1[:, 0]
+    r_1 = np.linalg.norm(d, axis=1)
+    slope = (STIFFNESS * (r_1 - shifted) - STIFFNESS * (r_1 - LENGTH))[:, None] * d / r_1[:, None]
+    grad_o = np.stack([-slope, slope], axis=1)
+    r = shifted + np.linspace(-1.5, 1.5, 31) / np.sqrt(STIFFNESS)
+    errors = []
+    for other in (None, (x_1, grad_o)):
+        fit = fit_base_action(x_0, internal_coordinates(DIATOMIC), sigma_knots=(0.0, 0.02),
+                              generator=np.random.default_rng(0), other_end=other)  # fmt: skip
+        model = PhysicalModel(fit.tables, None, VESchedule(0.02))
+        errors.append(np.sqrt(((slope_of(model, r) - STIFFNESS * (r - LENGTH)) ** 2).mean()))
+    assert errors[1] < 0.15 * np.sqrt(STIFFNESS)
+    assert errors[1] < 0.5 * errors[0]
+
+
+def bent_action(x: torch.Tensor) -> torch.Tensor:
+    u, v = x[:, 1] - x[:, 0], x[:, 2] - x[:, 0]
+    angle = torch.atan2(torch.linalg.cross(u, v).norm(dim=1), (u * v).sum(1))
+    return (
+        0.5 * STIFFNESS * ((u.norm(dim=1) - LENGTH) ** 2 + (v.norm(dim=1) - LENGTH) ** 2)
+        + 50.0 * (angle - 1.9) ** 2
+    )
+
+
+def test_score_matching_of_bonds_and_an_angle():
+    """exp(-S) of three atoms is r1^2 r2^2 sin(angle) exp(-S) in bonds and angle."""
+    generator = np.random.default_rng(3)
+    n = 20500
+    angle = draw(lambda a: np.sin(a) * np.exp(-50 * (a - 1.9) ** 2), 0.8, np.pi, n, generator)
+    u = directions(n, generator)
+    w = np.cross(u, directions(n, generator))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    v = np.cos(angle)[:, None] * u + np.sin(angle)[:, None] * w
+    x = np.stack([np.zeros((n, 3)), bond_lengths(n, generator)[:, None] * u,
+                  bond_lengths(n, generator)[:, None] * v], axis=1)  # fmt: skip
+    train, test = x[: n - 500], torch.as_tensor(x[n - 500 :]).requires_grad_(True)
+    fit = fit_base_action(train, internal_coordinates(BENT), sigma_knots=(0.0, 0.01), generator=generator)
+    model = PhysicalModel(fit.tables, None, VESchedule(0.01))
+    zero = torch.zeros(500, dtype=F64)
+    found = model.fields(test.detach(), zero, zero)[1].numpy()
+    (exact,) = torch.autograd.grad(bent_action(test).sum(), test)
+    assert r_squared(found, exact.numpy()) > 0.99
+    assert abs(float((found * exact.numpy()).sum() / (exact.numpy() ** 2).sum()) - 1) < 0.02
+
+
+def test_each_level_says_what_it_saw():
+    x = diatomics(200, np.random.default_rng(4))
+    fit = fit_base_action(x, internal_coordinates(DIATOMIC), sigma_knots=(0.0, 0.01, 0.02),
+                          generator=np.random.default_rng(0), n_draws=3)  # fmt: skip
+    levels = fit.record["levels"]
+    assert [level["sigma_nm"] for level in levels] == [0.0, 0.01, 0.02]
+    assert [level["n_frames"] for level in levels] == [200, 1200, 1200]
+    assert all(level["penalty"] in training.PENALTIES for level in levels)
+    assert all(level["held_out_loss"] < 0 for level in levels)  # zero action has loss 0
+    assert fit.record["n_coefs"] == training.N_COEFS["bond"]
+    json.dumps(fit.record, allow_nan=False)
+
+
+# ------------------------------------------------------------------ the operator
+
+
+def chains(n: int, spread: float, generator: np.random.Generator) -> np.ndarray:
+    """Four atoms; the vector from the first to the last is N(0, spread^2), the others anything."""
+    x = generator.standard_normal((n, 4, 3))
+    x[:, 3] = x[:, 0] + spread * generator.standard_normal((n, 3))
+    return x
+
+
+def distances(x: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(x[:, 3] - x[:, 0], axis=1)
+
+
+def operator_values(tables: OperatorTables, x: np.ndarray, sigma: float, lam: float) -> np.ndarray:
+    from openmm_diffforce import ops
+
+    def tensor(name: str) -> torch.Tensor:
+        return torch.as_tensor(getattr(tables, name))
+
+    names = ("sites", "env", "pair_type", "table", "r_grid", "lam_knots", "sigma_knots")
+    full = torch.full((len(x),), 1.0, dtype=F64)
+    return ops.pair_operator(
+        torch.as_tensor(x), sigma * full, lam * full, **{name: tensor(name) for name in names},
+        r_switch=tables.r_switch, r_cutoff=tables.r_cutoff,
+    )[0].numpy()  # fmt: skip
+
+
+def test_an_operator_in_the_span_is_found_exactly():
+    """A cubic spline on the fit's own knots, evaluated by SciPy."""
+    generator = np.random.default_rng(5)
+    ends = [chains(400, 0.1, generator) for _ in (0, 1)]
+    knots = (0.0, 0.01)
+
+    def fit(o_0: np.ndarray, o_1: np.ndarray) -> OperatorTables:
+        return fit_operator(ends[0], o_0, ends[1], o_1, CHAIN, [0], sigma_knots=knots,
+                            generator=np.random.default_rng(0)).tables  # fmt: skip
+
+    tables = fit(distances(ends[0]), distances(ends[1]))
+    lo, h = tables.r_grid[0]
+    n = tables.table.shape[-1]
+    spline = scipy.interpolate.BSpline(lo + h * (np.arange(n + 4) - 3), generator.standard_normal(n), 3)
+    with mock.patch.object(training, "PENALTIES", (1e-13,)):
+        found = fit(spline(distances(ends[0])), spline(distances(ends[1])))
+    for x in ends:
+        exact = spline(distances(x))
+        for lam in (0.0, 0.4, 1.0):
+            error = operator_values(found, x, 0.0, lam) - exact
+            assert np.abs(error).max() < 1e-7 * np.abs(exact).max()
+
+
+WIDTH = 0.1
+
+
+def gaussian_operator(x: np.ndarray) -> np.ndarray:
+    return 5.0 * np.exp(-(distances(x) ** 2) / (2 * WIDTH**2))
+
+
+def gaussian_operator_noised(y: np.ndarray, sigma: float, spread: float) -> np.ndarray:
+    """E[O | y], exact: the bond vector given y is Gaussian too, with s^2 = 2 sigma^2."""
+    s2, p2 = 2 * sigma**2, spread**2
+    mean, var = distances(y) * p2 / (p2 + s2), p2 * s2 / (p2 + s2)
+    return 5.0 * (1 + var / WIDTH**2) ** -1.5 * np.exp(-(mean**2) / (2 * (WIDTH**2 + var)))
+
+
+def test_the_noised_operator_is_the_conditional_mean():
+    """Smooth function, two ends with different densities, hence different noised operators."""
+    generator = np.random.default_rng(6)
+    spreads = (0.2, 0.08)
+    knots = (0.0, 0.02, 0.05)
+    ends = [chains(4000, s, generator) for s in spreads]
+    fit = fit_operator(ends[0], gaussian_operator(ends[0]), ends[1], gaussian_operator(ends[1]), CHAIN, [0],
+                       sigma_knots=knots, generator=generator)  # fmt: skip
+    for end, spread in enumerate(spreads):
+        fresh = chains(1000, spread, generator)
+        clean = operator_values(fit.tables, fresh, 0.0, end)
+        assert r_squared(clean, gaussian_operator(fresh)) > 0.999
+        for sigma in knots[1:]:
+            y = fresh + sigma * generator.standard_normal(fresh.shape)
+            exact = gaussian_operator_noised(y, sigma, spread)
+            found = operator_values(fit.tables, y, sigma, end)
+            assert r_squared(found, exact) > 0.995
+    # at the largest noise the clean operator, or the other end's, would not do
+    assert r_squared(gaussian_operator(y), exact) < 0.9
+    assert r_squared(gaussian_operator_noised(y, sigma, spreads[0]), exact) < 0.98
+    first, *_, last = fit.record["levels"]
+    assert len(first["ends"]) == 1
+    assert len(last["ends"]) == 2
+    assert first["ends"][0]["held_out_r2"] > 0.999
+    json.dumps(fit.record, allow_nan=False)
+
+
+def test_held_out_r2_is_that_of_the_held_out_frames():
+    # Pure noise cannot be predicted; a constant operator would give 0 / 0.
+    generator = np.random.default_rng(7)
+    ends = [chains(500, 0.1, generator) for _ in (0, 1)]
+    o = [generator.standard_normal(500) for _ in (0, 1)]
+    fit = fit_operator(ends[0], o[0], ends[1], o[1], CHAIN, [0], sigma_knots=(0.0, 0.02), generator=generator)
+    for level in fit.record["levels"]:
+        for end in level["ends"]:
+            assert -0.5 < end["held_out_r2"] < 0.1
+
+
+# ------------------------------------------------------------------ both together
+
+
+def fitted(seed: int, n_frames: int = 150) -> tuple[PhysicalModel, dict]:
+    x_0, o_0, x_1, o_1 = (values[:n_frames] for values in tiny.frames())
+    with tiny.few_coefs():
+        return fit_physical_model(x_0, o_0, x_1, o_1, tiny.graph(), tiny.case().perturbed,
+                                  VESchedule(0.04), seed=seed, n_draws=1)  # fmt: skip
+
+
+def test_physical_model_by_seed():
+    (a, record), (b, _), (c, _) = (fitted(seed, 40) for seed in (1, 1, 2))
+    for name, value in a.named_buffers():
+        assert torch.equal(value, dict(b.named_buffers())[name])
+    np.testing.assert_allclose(a.base_sigma, np.array(DEFAULT_SIGMA_KNOTS) * 0.8)
+    assert not torch.equal(a.coef, c.coef)
+    # without noise only the other end's operator, fitted without noise too, comes in
+    np.testing.assert_allclose(a.coef[0], c.coef[0], rtol=1e-2, atol=1e-2 * float(a.coef[0].abs().max()))
+    json.dumps(record, allow_nan=False)
+    assert record["seed"] == 1
+    assert record["n_frames"] == [40, 40]
+    assert record["sites"] == list(tiny.case().perturbed)
+    assert record["sigma_knots_nm"] == pytest.approx([0.0, 0.004, 0.008, 0.016, 0.04])
+
+
+def test_frames_predict_new_frames():
+    """150 frames of alanine dipeptide are few, but better than none."""
+    model, _ = fitted(1)
+    x = tiny.frames()[2][::5]
+    zero = torch.zeros(len(x), dtype=F64)
+    operator = model.fields(torch.as_tensor(x), zero, zero)[2].numpy()
+    assert r_squared(operator, tiny.frames()[3][::5]) > 0.9
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def frames_of(n: int = 20) -> np.ndarray:
+    return diatomics(n, np.random.default_rng(0))
+
+
+def with_nan() -> np.ndarray:
+    x = frames_of()
+    x[7, 1, 2] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (with_nan(), "x: frame 7 has a coordinate that is not finite"),
+        (frames_of()[:, :1], r"x: expected coordinates of shape \[n_frames >= 1, 2, 3\].*found \[20, 1, 3\]"),
+        (frames_of()[0], "x: expected coordinates of shape"),
+        (frames_of()[..., :2], "x: expected coordinates of shape"),
+        (frames_of()[:0], "x: expected coordinates of shape"),
+        (frames_of(1), "at least 5 frames, found 1"),
+    ],
+)
+def test_bad_frames(x, message):
+    with pytest.raises(InputError, match=message):
+        fit_base_action(x, internal_coordinates(DIATOMIC), generator=np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "knots",
+    [(), (0.0,), (0.01, 0.02), (0.0, 0.02, 0.01), (0.0, 0.0), ((0.0, 0.1),), (0.0, np.nan), (-0.1, 0.0),
+     (0.0, np.inf)],
+)  # fmt: skip
+def test_bad_knots(knots):
+    with pytest.raises(InputError, match="sigma_knots: expected increasing noise levels"):
+        fit_base_action(frames_of(), internal_coordinates(DIATOMIC), sigma_knots=knots,
+                        generator=np.random.default_rng(0))  # fmt: skip
+    x = chains(20, 0.1, np.random.default_rng(0))
+    with pytest.raises(InputError, match="sigma_knots"):
+        fit_operator(x, distances(x), x, distances(x), CHAIN, [0], sigma_knots=knots,
+                     generator=np.random.default_rng(0))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"o_0": np.zeros(19)}, "o_0: expected 20 finite operator values"),
+        ({"o_1": np.zeros((20, 1))}, r"o_1: expected 20 .*found shape \[20, 1\]"),
+        ({"o_1": np.full(20, np.nan)}, "o_1: expected 20 finite"),
+        ({"x_1": np.zeros((20, 3, 3))}, "x_1: expected coordinates of shape"),
+        ({"x_0": np.full((20, 4, 3), np.inf)}, "x_0: frame 0 has a coordinate"),
+        ({"sites": []}, "sites"),
+        ({"sites": [4]}, "sites"),
+    ],
+)
+def test_bad_operator_input(change, message):
+    x = chains(20, 0.1, np.random.default_rng(0))
+    given = {"x_0": x, "o_0": distances(x), "x_1": x, "o_1": distances(x), "sites": [0], **change}
+    with pytest.raises(InputError, match=message):
+        fit_operator(**given, graph=CHAIN, generator=np.random.default_rng(0))
+
+
+def test_bad_other_end():
+    x = frames_of()
+    for other, word in (((x[:, :1], x), "other_end"), ((x, x[:, :1]), "gradient"), ((x, x[:10]), "gradient")):
+        with pytest.raises(InputError, match=word):
+            fit_base_action(x, internal_coordinates(DIATOMIC), sigma_knots=(0.0, 0.02),
+                            generator=np.random.default_rng(0), other_end=other)  # fmt: skip
+
+
+@pytest.mark.parametrize("holdout", [0.0, 1.0, -0.5, 2.0, float("nan")])
+def test_bad_holdout(holdout):
+    with pytest.raises(InputError, match="holdout: expected"):
+        fit_base_action(frames_of(), internal_coordinates(DIATOMIC), holdout=holdout,
+                        generator=np.random.default_rng(0))  # fmt: skip
+
+
+@pytest.mark.parametrize("n_draws", [0, -1])
+def test_bad_draws(n_draws):
+    with pytest.raises(InputError, match="n_draws: expected"):
+        fit_base_action(frames_of(), internal_coordinates(DIATOMIC), n_draws=n_draws,
+                        generator=np.random.default_rng(0))  # fmt: skip
+    x = chains(20, 0.1, np.random.default_rng(0))
+    with pytest.raises(InputError, match="n_draws: expected"):
+        fit_operator(x, distances(x), x, distances(x), CHAIN, [0], n_draws=n_draws,
+                     generator=np.random.default_rng(0))  # fmt: skip
+
+
+def test_frames_that_are_all_alike():
+    """Nothing can be learned from one conformation; the answer is an error or finite, never NaN."""
+    x = np.repeat(frames_of(1), 20, axis=0)
+    try:
+        fit = fit_base_action(x, internal_coordinates(DIATOMIC), generator=np.random.default_rng(0))
+    except DiffForceError:
+        return
+    assert np.isfinite(fit.tables.coef).all()
