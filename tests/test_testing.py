@@ -24,12 +24,12 @@ def context_of(force: openmm.Force, n_atoms: int = 3) -> openmm.Context:
     return context
 
 
-def quartic(n_atoms: int = 3) -> openmm.CustomExternalForce:
-    force = openmm.CustomExternalForce("k*(x^4 + x*y + sin(z))")
+def quartic(n_atoms: int = 3) -> openmm.CustomCompoundBondForce:
+    force = openmm.CustomCompoundBondForce(1, "k*(x1^4 + x1*y1 + sin(z1))")
     force.addGlobalParameter("k", 2.0)
     force.addEnergyParameterDerivative("k")
     for atom in range(n_atoms):
-        force.addParticle(atom, [])
+        force.addBond([atom], [])
     return force
 
 
