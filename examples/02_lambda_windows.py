@@ -15,7 +15,7 @@ from openmm_diffforce.systems import clone_system
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("artefact", type=Path)
 parser.add_argument("--windows", type=int, default=5)
-parser.add_argument("--frames", type=int, default=100, help="frames per window, one every 0.1 ps")
+parser.add_argument("--frames", type=int, default=500, help="frames per window, one every 0.1 ps")
 parser.add_argument("--out", type=Path, default=Path("example_02"))
 arguments = parser.parse_args()
 

@@ -15,13 +15,18 @@ from openmm_diffforce.windows import TOPOLOGY_FILE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("folder", type=Path)
+parser.add_argument(
+    "--min-samples", type=int, default=2, help="independent frames asked of a window, on average"
+)
 arguments = parser.parse_args()
 
 angles = {}
 for name in ("learned", "classical"):
     run = arguments.folder / name
-    result = estimate_free_energy(read_table(run / U_NK_FILE), read_table(run / DHDL_FILE))
-    print(f"{name}: smallest overlap of neighbours {result.min_overlap:.2f}")
+    u_nk, dhdl = read_table(run / U_NK_FILE), read_table(run / DHDL_FILE)
+    result = estimate_free_energy(u_nk, dhdl, min_samples=arguments.min_samples)
+    print(f"{name}: smallest overlap of neighbours {result.min_overlap:.2f}, "
+          f"independent frames {result.n_decorrelated.sum()} of {result.n_frames.sum()}")  # fmt: skip
     for one in result.estimates.values():
         value, error = one.to("kcal/mol")
         print(f"  {one.method:5s} {one.delta_f:8.3f} +- {one.d_delta_f:.3f} kT"

@@ -36,10 +36,10 @@ def test_the_three_examples(tmp_path: Path) -> None:
     learned, exact = (float(out.split(word)[1].split()[0]) for word in ("learned", "exact"))
     assert learned == pytest.approx(exact, rel=0.1, abs=2.0)
     out = run(
-        tmp_path, "02_lambda_windows.py", "example_01/alanine.diffforce", "--windows", "3", "--frames", "150"
+        tmp_path, "02_lambda_windows.py", "example_01/alanine.diffforce", "--windows", "3", "--frames", "60"
     )
-    assert "classical: 450 frames" in out
-    out = run(tmp_path, "03_analyse.py", "example_02")
+    assert "classical: 180 frames" in out
+    out = run(tmp_path, "03_analyse.py", "example_02", "--min-samples", "1")
     assert out.count("MBAR") == 2
     assert (tmp_path / "example_02" / "phi_psi.png").exists()
 
@@ -49,7 +49,15 @@ def test_the_python_in_readme_runs(tmp_path: Path) -> None:
     text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 1
-    small = blocks[0].replace("n_frames=1000", "n_frames=150").replace("seed=1,\n", "seed=1, n_draws=1,\n")
+    small = blocks[0]
+    for long, short in (
+        ("n_frames=1000", "n_frames=150"),
+        ("n_frames=2000", "n_frames=60"),
+        ("run.dHdl)", "run.dHdl, min_samples=1)"),
+        ("seed=1,\n", "seed=1, n_draws=1,\n"),
+    ):
+        assert small.count(long) == 1
+        small = small.replace(long, short)
     (tmp_path / "readme.py").write_text(small)
     out = run(tmp_path, str(tmp_path / "readme.py"))
     assert "MBAR: -1" in out
