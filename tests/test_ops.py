@@ -163,24 +163,28 @@ def test_pair_operator_blends_tables_alike_for_few_and_many_pairs() -> None:
             assert relative(a, b) < REL_F64
 
 
-def test_pair_operator_finds_the_pairs_in_reach_of_a_large_environment() -> None:
-    # More than 64 environment atoms and a cutoff: the far ones are sorted out first.
+@pytest.mark.parametrize(("box", "reach"), [("cubic", 0.4), ("cubic", 1.0), ("triclinic", 1.2)])
+def test_pair_operator_finds_the_pairs_in_reach_of_a_large_environment(box: str, reach: float) -> None:
+    # More than 64 environment atoms and a cutoff: the far ones are sorted out first, except where
+    # the cutoff and the extent of the sites reach beyond half the box.
     g = generator(7)
-    n_atoms = 400
-    for reach in (0.4, 1.0):  # the second cutoff reaches too far for the sorting
-        x = 2.4 * torch.rand(2, n_atoms, 3, generator=g, dtype=F64) + torch.tensor([0.0, 9.0, -5.0])
-        args = pair_case() | {
-            "env": torch.arange(12, n_atoms),
-            "pair_type": torch.randint(-1, 3, (3, n_atoms - 12), generator=g),
-            "box": 2.4 * torch.eye(3, dtype=F64).expand(2, 3, 3),
-            "r_switch": 0.2,
-            "r_cutoff": reach,
-        }
-        x[:, [0, 5, 2]] = x[:, :1] + 0.1 * torch.randn(2, 3, 3, generator=g, dtype=F64)
-        sigma, lam = (v[:2] for v in states())
-        found = ops.pair_operator(x, sigma, lam, **args)
-        for a, b in zip(found, ops.reference_pair_operator(x, sigma, lam, **args), strict=True):
-            assert relative(a, b) < REL_F64
+    n_atoms = 1500
+    vectors = 2.5 * torch.eye(3, dtype=F64)
+    if box == "triclinic":
+        vectors[1, 0], vectors[2, 0], vectors[2, 1] = 1.25, -1.2, 1.25
+    x = torch.rand(4, n_atoms, 3, generator=g, dtype=F64) @ vectors
+    x[:, [0, 5, 2]] = x[:, :1] + 0.4 * torch.randn(4, 3, 3, generator=g, dtype=F64)
+    args = pair_case() | {
+        "env": torch.arange(12, n_atoms),
+        "pair_type": torch.randint(-1, 3, (3, n_atoms - 12), generator=g),
+        "box": vectors.expand(4, 3, 3),
+        "r_switch": 0.2,
+        "r_cutoff": reach,
+    }
+    sigma, lam = (v[:4] for v in states())
+    found = ops.pair_operator(x, sigma, lam, **args)
+    for a, b in zip(found, ops.reference_pair_operator(x, sigma, lam, **args), strict=True):
+        assert relative(a, b) < REL_F64
 
 
 @pytest.mark.parametrize("n_lam", [1, 4])
@@ -295,6 +299,25 @@ def test_internal_action_gradients() -> None:
     args = internal_case()
     assert torch.autograd.gradcheck(lambda *a: ops.internal_action(*a, **args), (x, sigma))
     assert torch.autograd.gradgradcheck(lambda *a: ops.internal_action(*a, **args)[0], (x, sigma))
+
+
+@pytest.mark.parametrize("name", ["pair_operator", "internal_action"])
+def test_second_sigma_derivative_at_no_noise(name: str) -> None:
+    # There the upper knot has neither weight nor slope, only curvature.
+    x = coordinates(2, 12)
+    sigma = torch.zeros(2, dtype=F64, requires_grad=True)
+    lam = torch.tensor([0.1, 0.5], dtype=F64)
+    curvatures = []
+    for prefix in ("", "reference_"):
+        call = getattr(ops, prefix + name)
+        if name == "pair_operator":
+            value = call(x, sigma, lam, **pair_case())[0]
+        else:
+            value = call(x, sigma, **internal_case())[0]
+        (slope,) = torch.autograd.grad(value.sum(), sigma, create_graph=True)
+        curvatures.append(torch.autograd.grad(slope.sum(), sigma)[0])
+    assert float(curvatures[1].abs().max()) > 1.0
+    assert relative(*curvatures) < REL_F64
 
 
 def test_explicit_gradients_are_autograd_of_the_value() -> None:
