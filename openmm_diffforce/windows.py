@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -534,16 +535,10 @@ def _write_npz(path: Path, **arrays: Any) -> None:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as data:
+        # Opened here, because numpy leaves a damaged archive open.
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
             return {key: data[key] for key in data.files}
-    except (OSError, ValueError, EOFError, KeyError) as err:
-        raise ResumeError(
-            f"{path}: expected a file of this run, found a damaged one ({err}); remove it to redo "
-            "what it held."
-        ) from err
-    except Exception as err:  # zipfile.BadZipFile is no subclass of the above
-        if type(err).__name__ != "BadZipFile":
-            raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as err:
         raise ResumeError(
             f"{path}: expected a file of this run, found a damaged one ({err}); remove it to redo "
             "what it held."

@@ -33,8 +33,8 @@ def test_counts_of_ethane():
     c = internal_coordinates(ETHANE)
     role = np.array(c.role)[c.cls]
     counts = {r: int((role == r).sum()) for r in set(role)}
-    assert counts == {"bond": 7, "angle": 12, "torsion": 9, "1-4": 9}
-    assert c.n_classes == 2 + 2 + 1 + 1
+    assert counts == {"bond": 7, "angle": 12, "torsion": 9, "1-3": 12, "1-4": 9}
+    assert c.n_classes == 2 + 2 + 1 + 2 + 1  # bonds, angles, torsions, 1-3, 1-4
 
 
 def test_improper_where_neighbours_differ():

@@ -19,6 +19,7 @@ from openmm_diffforce.errors import InputError, MissingDependencyError
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE_HOME = Path(ops.__file__).resolve().parents[1]  # installed or in the tree
 F64 = torch.float64
 REL_F64 = 1e-10
 REL_F32, ABS_F32 = 1e-4, 1e-6
@@ -745,7 +746,7 @@ def test_torchscript_survives_saving_and_a_fresh_process(tmp_path: Path) -> None
     torch.save((x, sigma, lam, expected), tmp_path / "data.pt")
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "both.pt"), str(tmp_path / "data.pt")],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PACKAGE_HOME)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fine" in done.stdout
