@@ -261,10 +261,10 @@ def table(found: dict[str, dict]) -> str:
             f"| paired Delta f, learned - classical [kT] | {d['value']:+.4f} +- {d['error']:.4f} | 0.05 |"
         )
         for name, estimate in mbar.items():
-            m = estimate["estimates"]["MBAR"]
+            m = estimate["estimates"]["MBAR"]["kT"]
             lines.append(
                 f"| MBAR, 11 windows of {w['windows'][name]['length_ps']:.0f} ps, {name} [kT] | "
-                f"{m['delta_f']:.3f} +- {m['d_delta_f']:.3f} | SE <= 0.1 |"
+                f"{m['value']:.3f} +- {m['error']:.3f} | SE <= 0.1 |"
             )
         for check in w["checks"]:
             if isinstance(check["value"], float):

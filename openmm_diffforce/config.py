@@ -67,8 +67,8 @@ class DemoSettings(Settings):
             "n_test": 100,
             "n_draws": 1,
             "n_windows": 3,
-            "window_frames": 60,
-            "window_interval": 100,
+            "window_frames": 120,
+            "window_interval": 250,
             "base_frames": 50,
             "base_interval": 50,
         }
