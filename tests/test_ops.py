@@ -747,6 +747,7 @@ def test_torchscript_survives_saving_and_a_fresh_process(tmp_path: Path) -> None
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "both.pt"), str(tmp_path / "data.pt")],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PACKAGE_HOME)}, check=False,
+        cwd=tmp_path,  # not the clone, whose package has no compiled library
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fine" in done.stdout
