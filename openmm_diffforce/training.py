@@ -8,7 +8,19 @@ Base action, linear in its coefficients c, with features phi:
     J_t(c) = \tfrac12 E|\nabla S(y)|^2 - E[\nabla S(y) \cdot (y - x)/\sigma^2]
     \quad (t > 0,\ \text{denoising})
 
-Both are the quadratic form ``c.A c/2 - b.c`` with ``A = E[grad phi . grad phi]``. The noised
+Cartesian gradients drown soft torsions in the forces of stiff bonds, so that at t = 0 the same
+identity along rigid rotations about the rotatable bonds k is added:
+
+.. math::
+
+    J_\tau(c) = \sum_k E\big[\tfrac12 (v_k \cdot \nabla S)^2 - (v_k \cdot \nabla)^2 S\big],
+    \qquad v_k = u_k \times (x - x_k)\ \text{on one side of the bond}
+
+(v_k turns one side about the bond's direction u_k; it has no divergence, and it moves no bond,
+no angle and no improper.) The two are added with the weight that gives both the same trace on
+the features that rotations move.
+
+All are quadratic forms ``c.A c/2 - b.c``, e.g. ``A = E[grad phi . grad phi]``. The noised
 operator is the least-squares projection of O(x) on pair features of the noised frame,
 ``O_{t,lam}(y) = E_lam[O(x) | y]``, at lam = 0 and lam = 1.
 
@@ -39,9 +51,10 @@ from .models.graph import (
     MolecularGraph,
     internal_coordinates,
     operator_pairs,
+    rotatable_bonds,
 )
 from .models.physics import BaseTables, OperatorTables, PhysicalModel, internal_values
-from .ops import TORSION
+from .ops import DISTANCE, TORSION
 from .schedule import NoiseSchedule
 
 DEFAULT_SIGMA_KNOTS = (0.0, 0.005, 0.01, 0.02, 0.05)
@@ -145,12 +158,9 @@ def _best_penalty(
     diagonal = np.diag(a_train)
     if not np.isfinite(diagonal).all() or diagonal.max() <= 0:
         raise ConvergenceError("fit: the normal matrix is empty or not finite; are the frames all alike?")
-    # The penalty of a class is scaled by the geometric mean of its own features' stiffness and
-    # that of all: with its own alone the stiff classes, with the common one the soft classes,
-    # would be smoothed too much.
+    # Each class is smoothed in proportion to the stiffness of its own features.
     own = (np.bincount(block, diagonal) / np.bincount(block))[block]
-    own = np.maximum(own, 1e-12 * own.max())
-    scaled = np.sqrt(own * diagonal.mean())[:, None] * penalty
+    scaled = np.maximum(own, 1e-12 * own.max())[:, None] * penalty
     offset = np.zeros(len(b_train)) if centre is None else centre
 
     def solve(a: np.ndarray, b: np.ndarray, mu: float) -> np.ndarray:
@@ -188,7 +198,7 @@ def _blocks(n_frames: int, holdout: float) -> np.ndarray:
 
 def fit_base_action(
     x: Any,
-    coordinates: InternalCoordinates,
+    graph: MolecularGraph,
     *,
     sigma_knots: Sequence[float] = DEFAULT_SIGMA_KNOTS,
     generator: np.random.Generator,
@@ -198,14 +208,15 @@ def fit_base_action(
 ) -> FitResult:
     """Fit the base action to equilibrium snapshots, without energies or forces.
 
-    Implicit score matching at t = 0 (the Laplacian is the kernel's), denoising score matching at
-    every other noise level, with antithetic noise.
+    Implicit score matching at t = 0 (the Laplacian is the kernel's), in Cartesian coordinates and
+    along rigid rotations; denoising score matching at every other noise level, with antithetic
+    noise.
 
     Parameters
     ----------
     x : float array [n_frames, n_atoms, 3]
         Equilibrium frames of the base state [nm].
-    coordinates : InternalCoordinates
+    graph : MolecularGraph
     sigma_knots : sequence of float
         Noise levels [nm], increasing from 0.
     generator : numpy.random.Generator
@@ -234,7 +245,8 @@ def fit_base_action(
     Deterministic for a given generator state. Frames are assumed to be drawn at equilibrium and
     unconstrained; neither is checked here (``systems.py`` refuses constraints).
     """
-    x = check_frames(x, int(coordinates.atoms.max()) + 1)
+    x = check_frames(x, graph.n_atoms)
+    coordinates = internal_coordinates(graph)
     knots = _check_knots(sigma_knots)
     _check_draws(n_draws)
     test = _blocks(len(x), holdout)
@@ -281,11 +293,103 @@ def fit_base_action(
             right = (b + lap if sigma == 0 else b).numpy()
             n = float(part.sum())
             sums.append((a.numpy() / n, right / n))
+        if sigma == 0:
+            sums = _with_rotations(sums, y, target, held, coordinates, graph, grid[m], offsets)
         coef[m], chosen = _best_penalty(*sums[0], *sums[1], penalty, block, holdout)
         levels.append({"sigma_nm": float(sigma), "n_frames": len(y), **chosen})
     tables = BaseTables(coordinates, knots, grid, offsets, coef)
     return FitResult(tables, {"n_coefs": int(offsets[-1]), "levels": levels,
                               "cpu_seconds": time.process_time() - started})  # fmt: skip
+
+
+def _with_rotations(
+    sums: list[tuple[np.ndarray, np.ndarray]], y: np.ndarray, target: np.ndarray, held: np.ndarray,
+    coordinates: InternalCoordinates, graph: MolecularGraph, grid: np.ndarray, offsets: np.ndarray,
+) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Add the identity along rotations to the normal equations of train and held-out frames."""
+    if len(rotatable_bonds(graph)[0]) == 0:
+        return sums
+    turned = [_rotation_normal(y[part], target[part], coordinates, graph, grid, offsets)
+              for part in (~held, held)]  # fmt: skip
+    moved = np.diag(turned[0][0]) > 0
+    weight = np.diag(sums[0][0])[moved].sum() / np.diag(turned[0][0]).sum()
+    return [(a + weight * a_k, b + weight * b_k)
+            for (a, b), (a_k, b_k) in zip(sums, turned, strict=True)]  # fmt: skip
+
+
+def _rotation_normal(
+    x: np.ndarray, target: np.ndarray, coordinates: InternalCoordinates, graph: MolecularGraph,
+    grid: np.ndarray, offsets: np.ndarray, chunk: int = 500,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Means over frames of ``A = sum_k phi' phi'`` and ``b = sum_k phi'' + (v_k . target) phi'``.
+
+    Primes are derivatives of the features along the rotation about bond k. ``target`` stands in
+    for a known part of the score, as in :func:`ops.internal_normal`.
+    """
+    n_coefs = int(offsets[-1])
+    matrix, vector = np.zeros((n_coefs, n_coefs)), np.zeros(n_coefs)
+    torsion = np.array(coordinates.role)[coordinates.cls] == "torsion"
+    i, j = coordinates.atoms[:, 0], coordinates.atoms[:, 1]
+    distance = coordinates.kind[coordinates.cls] == DISTANCE
+    for (fixed, axis_end), moved in zip(*rotatable_bonds(graph), strict=True):
+        on_axis = np.isin(np.arange(graph.n_atoms), (fixed, axis_end))
+        # distances between an atom that turns and one that does not, neither on the axis
+        pairs = np.flatnonzero(distance & (moved[i] != moved[j]) & ~on_axis[i] & ~on_axis[j])
+        turning = np.where(moved[i[pairs]], i[pairs], j[pairs])
+        resting = np.where(moved[i[pairs]], j[pairs], i[pairs])
+        middle = np.sort(coordinates.atoms[:, 1:3], axis=1) == sorted((fixed, axis_end))
+        twists = np.flatnonzero(torsion & middle.all(axis=1))
+        used = np.unique(coordinates.cls[np.concatenate([pairs, twists])])
+        columns = np.concatenate([np.arange(offsets[c], offsets[c + 1]) for c in used])
+        place = np.full(n_coefs, -1)
+        place[columns] = np.arange(len(columns))
+        for start in range(0, len(x), chunk):
+            y, aim = x[start : start + chunk], target[start : start + chunk]
+            axis = y[:, axis_end] - y[:, fixed]
+            axis = (axis / np.linalg.norm(axis, axis=1, keepdims=True))[:, None]
+            velocity = np.cross(axis, y - y[:, [axis_end]]) * moved[:, None]
+            d = y[:, turning] - y[:, resting]
+            v = velocity[:, turning]
+            r = np.linalg.norm(d, axis=-1)
+            first = (d * v).sum(-1) / r
+            second = ((v * v).sum(-1) + (d * np.cross(axis, v)).sum(-1) - first**2) / r
+            values = internal_values(y, coordinates, select=twists)
+            index, slope, curve = _spline_derivatives(
+                np.concatenate([r, values], axis=1),
+                coordinates.cls[np.concatenate([pairs, twists])], coordinates.kind, grid, offsets,
+            )  # fmt: skip
+            one = np.ones_like(values)  # every torsion about the bond turns with it
+            first = np.concatenate([first, one], axis=1)[..., None]
+            second = np.concatenate([second, 0 * one], axis=1)[..., None]
+            where = place[index]
+            rows = np.arange(len(y))[:, None, None] * len(columns)
+            design = np.bincount(
+                (rows + where).ravel(), (slope * first).ravel(), len(y) * len(columns)
+            ).reshape(len(y), -1)
+            known = (velocity * aim).sum((1, 2))
+            matrix[np.ix_(columns, columns)] += design.T @ design
+            vector[columns] += design.T @ known + np.bincount(
+                where.ravel(), (curve * first**2 + slope * second).ravel(), len(columns)
+            )
+    return matrix / len(x), vector / len(x)
+
+
+def _spline_derivatives(
+    q: np.ndarray, cls: np.ndarray, kind: np.ndarray, grid: np.ndarray, offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns, first and second derivatives of the four splines at q, each [n_frames, n_q, 4]."""
+    n = np.diff(offsets)[cls]
+    lo, h = grid[cls, 0], grid[cls, 1]
+    periodic = kind[cls] == TORSION
+    u = (q - lo) / h
+    cell = np.where(periodic, np.floor(u), np.clip(np.floor(u), 0, n - 4)).astype(int)
+    w = u - cell  # the grid spans the data: nothing lies outside
+    index = cell[..., None] + np.arange(4)
+    index = offsets[:-1][cls][:, None] + np.where(periodic[:, None], index % n[:, None], index)
+    slope = np.stack([-((1 - w) ** 2) / 2, (3 * w**2 - 4 * w) / 2,
+                      (-3 * w**2 + 2 * w + 1) / 2, w**2 / 2], axis=-1)  # fmt: skip
+    curve = np.stack([1 - w, 3 * w - 2, 1 - 3 * w, w], axis=-1)
+    return index, slope / h[:, None], curve / (h * h)[:, None]
 
 
 def _class_grid(y: np.ndarray, coordinates: InternalCoordinates, n_coefs: np.ndarray) -> np.ndarray:
@@ -500,7 +604,7 @@ def fit_physical_model(
     operator = fit_operator(x_0, o_0, x_1, o_1, graph, sites, sigma_knots=sigma_knots,
                             generator=generator, n_draws=n_draws)  # fmt: skip
     grad_o = _clean_operator_gradient(operator.tables, check_frames(x_1, graph.n_atoms))
-    base = fit_base_action(x_0, internal_coordinates(graph), sigma_knots=sigma_knots,
+    base = fit_base_action(x_0, graph, sigma_knots=sigma_knots,
                            generator=generator, n_draws=n_draws, other_end=(x_1, grad_o))  # fmt: skip
     model = PhysicalModel(base.tables, operator.tables, schedule)
     return model, {

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from openmm_diffforce.errors import InputError
-from openmm_diffforce.models.graph import MolecularGraph, internal_coordinates, operator_pairs
+from openmm_diffforce.models.graph import (
+    MolecularGraph,
+    internal_coordinates,
+    operator_pairs,
+    rotatable_bonds,
+)
 
 # ethane: C0 C1, hydrogens 2-4 on C0, 5-7 on C1
 ETHANE = MolecularGraph(("C", "C", *"HHHHHH"), ((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (1, 7)))
@@ -86,3 +91,27 @@ def test_hash_sees_elements_bonds_and_order():
     assert a == MolecularGraph(("C", "H"), ((1, 0),), ("X", "Y")).bonds_hash()
     assert a != MolecularGraph(("H", "C"), ((0, 1),)).bonds_hash()
     assert a != MolecularGraph(("C", "H"), ()).bonds_hash()
+
+
+def test_rotatable_bonds():
+    axis, moved = rotatable_bonds(ETHANE)
+    assert axis.tolist() == [[0, 1]]
+    assert np.flatnonzero(moved[0]).tolist() == [1, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("elements", "bonds", "expected"),
+    [
+        ("CCC", ((0, 1), (1, 2), (0, 2)), []),  # a ring cannot turn
+        ("CCCCO", ((0, 1), (1, 2), (0, 2), (2, 3), (3, 4)), [[2, 3]]),  # its substituent can
+        ("OHH", ((0, 1), (0, 2)), []),  # an end atom has nothing to turn
+        ("HOOHHOOH", ((0, 1), (1, 2), (2, 3), (4, 5), (5, 6), (6, 7)), [[1, 2], [5, 6]]),  # two molecules
+    ],
+)
+def test_where_nothing_turns(elements, bonds, expected):
+    axis, moved = rotatable_bonds(MolecularGraph(tuple(elements), bonds))
+    assert axis.tolist() == expected
+    assert moved.shape == (len(expected), len(elements))
+    for (i, j), m in zip(axis, moved, strict=True):
+        assert m[j]
+        assert not m[i]

@@ -9,9 +9,9 @@ import pytest
 import scipy.interpolate
 import torch
 
-from openmm_diffforce import training
+from openmm_diffforce import ops, training
 from openmm_diffforce.errors import DiffForceError, InputError
-from openmm_diffforce.models.graph import MolecularGraph, internal_coordinates
+from openmm_diffforce.models.graph import MolecularGraph, internal_coordinates, rotatable_bonds
 from openmm_diffforce.models.physics import OperatorTables, PhysicalModel
 from openmm_diffforce.schedule import VESchedule
 from openmm_diffforce.training import (
@@ -105,7 +105,7 @@ SIGMA = 0.008
 @pytest.fixture(scope="module")
 def diatomic_model() -> PhysicalModel:
     generator = np.random.default_rng(1)
-    fit = fit_base_action(diatomics(6000, generator), internal_coordinates(DIATOMIC),
+    fit = fit_base_action(diatomics(6000, generator), DIATOMIC,
                           sigma_knots=(0.0, SIGMA, 0.02), generator=generator)  # fmt: skip
     return PhysicalModel(fit.tables, None, VESchedule(0.02))
 
@@ -140,7 +140,7 @@ def test_the_other_end_teaches_the_base_action():
     r = shifted + np.linspace(-1.5, 1.5, 31) / np.sqrt(STIFFNESS)
     errors = []
     for other in (None, (x_1, grad_o)):
-        fit = fit_base_action(x_0, internal_coordinates(DIATOMIC), sigma_knots=(0.0, 0.02),
+        fit = fit_base_action(x_0, DIATOMIC, sigma_knots=(0.0, 0.02),
                               generator=np.random.default_rng(0), other_end=other)  # fmt: skip
         model = PhysicalModel(fit.tables, None, VESchedule(0.02))
         errors.append(np.sqrt(((slope_of(model, r) - STIFFNESS * (r - LENGTH)) ** 2).mean()))
@@ -169,7 +169,7 @@ def test_score_matching_of_bonds_and_an_angle():
     x = np.stack([np.zeros((n, 3)), bond_lengths(n, generator)[:, None] * u,
                   bond_lengths(n, generator)[:, None] * v], axis=1)  # fmt: skip
     train, test = x[: n - 500], torch.as_tensor(x[n - 500 :]).requires_grad_(True)
-    fit = fit_base_action(train, internal_coordinates(BENT), sigma_knots=(0.0, 0.01), generator=generator)
+    fit = fit_base_action(train, BENT, sigma_knots=(0.0, 0.01), generator=generator)
     model = PhysicalModel(fit.tables, None, VESchedule(0.01))
     zero = torch.zeros(500, dtype=F64)
     found = model.fields(test.detach(), zero, zero)[1].numpy()
@@ -178,9 +178,107 @@ def test_score_matching_of_bonds_and_an_angle():
     assert abs(float((found * exact.numpy()).sum() / (exact.numpy() ** 2).sum()) - 1) < 0.02
 
 
+# ------------------------------------------------------------------ score matching along rotations
+
+PEROXIDE = MolecularGraph(("H", "O", "O", "H"), ((0, 1), (1, 2), (2, 3)))
+
+
+def turn(x: np.ndarray, bond: int, angle: float, graph: MolecularGraph) -> np.ndarray:
+    """x with one side of a rotatable bond turned rigidly about it (Rodrigues' formula)."""
+    axis, moved = rotatable_bonds(graph)
+    i, j = axis[bond]
+    u = x[:, j] - x[:, i]
+    u = (u / np.linalg.norm(u, axis=1, keepdims=True))[:, None]
+    d = x - x[:, [j]]
+    turned = (d * np.cos(angle) + np.cross(u, d) * np.sin(angle)
+              + u * (u * d).sum(-1, keepdims=True) * (1 - np.cos(angle)))  # fmt: skip
+    return np.where(moved[bond][:, None], x[:, [j]] + turned, x)
+
+
+def test_derivatives_along_rotations():
+    """A and b against central differences of every feature along the turned molecule."""
+    graph = tiny.graph()
+    x = tiny.frames()[0][:5]
+    coordinates = internal_coordinates(graph)
+    n_coefs = np.full(coordinates.n_classes, 6)
+    offsets = np.concatenate([[0], np.cumsum(n_coefs)])
+    grid = training._class_grid(tiny.frames()[0], coordinates, n_coefs)
+    distances = coordinates.kind == ops.DISTANCE  # one more interval at both ends, so that no
+    grid[distances, 0] -= grid[distances, 1]  # frame touches an edge
+    grid[distances, 1] *= 5 / 3
+    target = np.random.default_rng(3).standard_normal(x.shape)
+    matrix, vector = training._rotation_normal(x, target, coordinates, graph, grid, offsets)
+
+    def features(y: np.ndarray) -> np.ndarray:
+        """[n_frames, n_coefs]: the action of every unit coefficient."""
+        columns = []
+        for unit in np.eye(offsets[-1]):
+            coef = torch.as_tensor(np.stack([unit, unit]))
+            columns.append(ops.internal_action(
+                torch.as_tensor(y), torch.zeros(len(y), dtype=F64),
+                atoms=torch.as_tensor(coordinates.atoms), cls=torch.as_tensor(coordinates.cls),
+                kind=torch.as_tensor(coordinates.kind),
+                grid=torch.as_tensor(np.stack([grid, grid])), offsets=torch.as_tensor(offsets),
+                coef=coef, sigma_knots=torch.tensor([0.0, 0.1], dtype=F64),
+            )[0].numpy())  # fmt: skip
+        return np.stack(columns, axis=1)
+
+    h = 1e-4
+    middle = features(x)
+    expected_a, expected_b = np.zeros_like(matrix), np.zeros_like(vector)
+    for bond in range(len(rotatable_bonds(graph)[0])):
+        up, down = turn(x, bond, h, graph), turn(x, bond, -h, graph)
+        above, below = features(up), features(down)
+        first, second = (above - below) / (2 * h), (above - 2 * middle + below) / h**2
+        known = ((up - down) / (2 * h) * target).sum((1, 2))
+        expected_a += first.T @ first / len(x)
+        expected_b += (second.sum(0) + first.T @ known) / len(x)
+    assert np.abs(expected_b).max() > 1
+    np.testing.assert_allclose(matrix, expected_a, rtol=1e-5, atol=1e-6 * expected_a.max())
+    np.testing.assert_allclose(vector, expected_b, rtol=1e-4, atol=1e-5 * np.abs(expected_b).max())
+
+
+def peroxides(n: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Stiff bonds, stiff right angles, and S = 2 cos 3 phi in between."""
+    bonds = 0.1 + 0.001 * generator.standard_normal((n, 3))
+    bends = np.pi / 2 + 0.02 * generator.standard_normal((n, 2))
+    phi = draw(lambda p: np.exp(-2 * np.cos(3 * p)), -np.pi, np.pi, n, generator)
+    x = np.zeros((n, 4, 3))
+    x[:, 2, 0] = bonds[:, 1]
+    x[:, 0] = bonds[:, :1] * np.stack([np.cos(bends[:, 0]), np.sin(bends[:, 0]), 0 * phi], axis=1)
+    x[:, 3] = x[:, 2] + bonds[:, 2:] * np.stack(
+        [-np.cos(bends[:, 1]), np.sin(bends[:, 1]) * np.cos(phi), np.sin(bends[:, 1]) * np.sin(phi)], axis=1
+    )
+    return x, phi
+
+
+def test_rotations_teach_the_torsion():
+    """The bonds' forces drown a torsion in Cartesian score matching; rotations bring it out."""
+    x, _ = peroxides(1000, np.random.default_rng(6))
+    frame = peroxides(1, np.random.default_rng(7))[0]
+    angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    path = np.concatenate([turn(frame, 0, a, PEROXIDE) for a in angles])
+    b = np.diff(path, axis=1)
+    n_1, n_2 = np.cross(b[:, 0], b[:, 1]), np.cross(b[:, 1], b[:, 2])
+    truth = 2 * np.cos(3 * np.arctan2((np.cross(n_1, n_2) * b[:, 1]).sum(1) / np.linalg.norm(b[:, 1], axis=1),
+                                      (n_1 * n_2).sum(1)))  # fmt: skip
+    errors = []
+    for rotations in (True, False):
+        with mock.patch.object(training, "_with_rotations", training._with_rotations if rotations
+                               else lambda sums, *_: sums):  # fmt: skip
+            fit = fit_base_action(x, PEROXIDE, sigma_knots=(0.0, 0.005),
+                                  generator=np.random.default_rng(0), n_draws=1)  # fmt: skip
+        model = PhysicalModel(fit.tables, None, VESchedule(0.005))
+        zero = torch.zeros(len(path), dtype=F64)
+        found = model.fields(torch.as_tensor(path), zero, zero)[0].numpy()
+        errors.append(float(np.std(found - truth)))
+    assert errors[0] < 0.3 * np.std(truth)
+    assert errors[0] < 0.7 * errors[1]
+
+
 def test_each_level_says_what_it_saw():
     x = diatomics(200, np.random.default_rng(4))
-    fit = fit_base_action(x, internal_coordinates(DIATOMIC), sigma_knots=(0.0, 0.01, 0.02),
+    fit = fit_base_action(x, DIATOMIC, sigma_knots=(0.0, 0.01, 0.02),
                           generator=np.random.default_rng(0), n_draws=3)  # fmt: skip
     levels = fit.record["levels"]
     assert [level["sigma_nm"] for level in levels] == [0.0, 0.01, 0.02]
@@ -311,7 +409,7 @@ def test_physical_model_by_seed():
     np.testing.assert_allclose(a.base_sigma, np.array(DEFAULT_SIGMA_KNOTS) * 0.8)
     assert not torch.equal(a.coef, c.coef)
     # without noise only the other end's operator, fitted without noise too, comes in
-    np.testing.assert_allclose(a.coef[0], c.coef[0], rtol=1e-2, atol=1e-2 * float(a.coef[0].abs().max()))
+    np.testing.assert_allclose(a.coef[0], c.coef[0], rtol=2e-2, atol=2e-2 * float(a.coef[0].abs().max()))
     json.dumps(record, allow_nan=False)
     assert record["seed"] == 1
     assert record["n_frames"] == [40, 40]
@@ -354,7 +452,7 @@ def with_nan() -> np.ndarray:
 )
 def test_bad_frames(x, message):
     with pytest.raises(InputError, match=message):
-        fit_base_action(x, internal_coordinates(DIATOMIC), generator=np.random.default_rng(0))
+        fit_base_action(x, DIATOMIC, generator=np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +462,7 @@ def test_bad_frames(x, message):
 )  # fmt: skip
 def test_bad_knots(knots):
     with pytest.raises(InputError, match="sigma_knots: expected increasing noise levels"):
-        fit_base_action(frames_of(), internal_coordinates(DIATOMIC), sigma_knots=knots,
+        fit_base_action(frames_of(), DIATOMIC, sigma_knots=knots,
                         generator=np.random.default_rng(0))  # fmt: skip
     x = chains(20, 0.1, np.random.default_rng(0))
     with pytest.raises(InputError, match="sigma_knots"):
@@ -395,21 +493,21 @@ def test_bad_other_end():
     x = frames_of()
     for other, word in (((x[:, :1], x), "other_end"), ((x, x[:, :1]), "gradient"), ((x, x[:10]), "gradient")):
         with pytest.raises(InputError, match=word):
-            fit_base_action(x, internal_coordinates(DIATOMIC), sigma_knots=(0.0, 0.02),
+            fit_base_action(x, DIATOMIC, sigma_knots=(0.0, 0.02),
                             generator=np.random.default_rng(0), other_end=other)  # fmt: skip
 
 
 @pytest.mark.parametrize("holdout", [0.0, 1.0, -0.5, 2.0, float("nan")])
 def test_bad_holdout(holdout):
     with pytest.raises(InputError, match="holdout: expected"):
-        fit_base_action(frames_of(), internal_coordinates(DIATOMIC), holdout=holdout,
+        fit_base_action(frames_of(), DIATOMIC, holdout=holdout,
                         generator=np.random.default_rng(0))  # fmt: skip
 
 
 @pytest.mark.parametrize("n_draws", [0, -1])
 def test_bad_draws(n_draws):
     with pytest.raises(InputError, match="n_draws: expected"):
-        fit_base_action(frames_of(), internal_coordinates(DIATOMIC), n_draws=n_draws,
+        fit_base_action(frames_of(), DIATOMIC, n_draws=n_draws,
                         generator=np.random.default_rng(0))  # fmt: skip
     x = chains(20, 0.1, np.random.default_rng(0))
     with pytest.raises(InputError, match="n_draws: expected"):
@@ -421,7 +519,7 @@ def test_frames_that_are_all_alike():
     """Nothing can be learned from one conformation; the answer is an error or finite, never NaN."""
     x = np.repeat(frames_of(1), 20, axis=0)
     try:
-        fit = fit_base_action(x, internal_coordinates(DIATOMIC), generator=np.random.default_rng(0))
+        fit = fit_base_action(x, DIATOMIC, generator=np.random.default_rng(0))
     except DiffForceError:
         return
     assert np.isfinite(fit.tables.coef).all()

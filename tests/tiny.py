@@ -13,7 +13,7 @@ import numpy as np
 from openmm_diffforce import training
 from openmm_diffforce.alanine import TEMPERATURE, AlanineCase, alanine_case
 from openmm_diffforce.artefact import export_artefact
-from openmm_diffforce.models.graph import MolecularGraph, internal_coordinates
+from openmm_diffforce.models.graph import MolecularGraph
 from openmm_diffforce.models.physics import BaseTables, OperatorTables, PhysicalModel
 from openmm_diffforce.schedule import VESchedule, VPSchedule
 from openmm_diffforce.systems import graph_from_topology, sample
@@ -68,9 +68,7 @@ def tables() -> tuple[BaseTables, OperatorTables]:
     x_0, o_0, x_1, o_1 = frames()
     generator = np.random.default_rng(5)
     with few_coefs():
-        base = training.fit_base_action(
-            x_0, internal_coordinates(graph()), sigma_knots=SIGMA_KNOTS, generator=generator, n_draws=1
-        )
+        base = training.fit_base_action(x_0, graph(), sigma_knots=SIGMA_KNOTS, generator=generator, n_draws=1)
     operator = training.fit_operator(
         x_0, o_0, x_1, o_1, graph(), case().perturbed, sigma_knots=SIGMA_KNOTS, generator=generator,
         n_draws=1,

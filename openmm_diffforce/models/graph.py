@@ -198,6 +198,48 @@ def internal_coordinates(graph: MolecularGraph) -> InternalCoordinates:
     )
 
 
+def rotatable_bonds(graph: MolecularGraph) -> tuple[np.ndarray, np.ndarray]:
+    """Bonds about which one side of the molecule can turn rigidly, and that side.
+
+    A bond qualifies if it is in no ring and both its atoms have further neighbours. Turning the
+    moved side about it leaves every bond, angle and improper as it is.
+
+    Returns
+    -------
+    axis : int64 array [n_rotations, 2]
+        The bond's atoms: fixed side first.
+    moved : bool array [n_rotations, n_atoms]
+        The atoms beyond ``axis[:, 1]``, that atom included (it lies on the axis).
+
+    Examples
+    --------
+    >>> peroxide = MolecularGraph(("H", "O", "O", "H"), ((0, 1), (1, 2), (2, 3)))
+    >>> axis, moved = rotatable_bonds(peroxide)
+    >>> axis.tolist(), moved.astype(int).tolist()
+    ([[1, 2]], [[0, 0, 1, 1]])
+    """
+    near = graph.neighbours()
+    axis: list[tuple[int, int]] = []
+    moved: list[np.ndarray] = []
+    for i, j in graph.bonds:
+        if len(near[i]) < 2 or len(near[j]) < 2:
+            continue
+        side = {j}
+        stack = [j]
+        while stack:
+            a = stack.pop()
+            beyond = [b for b in near[a] if b not in side and (a, b) != (j, i)]
+            side.update(beyond)
+            stack.extend(beyond)
+        if i not in side:
+            axis.append((i, j))
+            moved.append(np.isin(np.arange(graph.n_atoms), list(side)))
+    return (
+        np.array(axis, dtype=np.int64).reshape(-1, 2),
+        np.array(moved, dtype=bool).reshape(-1, graph.n_atoms),
+    )
+
+
 def operator_pairs(
     graph: MolecularGraph, sites: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

@@ -273,10 +273,16 @@ def base_tables(model: torch.nn.Module, graph: MolecularGraph) -> BaseTables:
     )
 
 
-def internal_values(x: np.ndarray, coordinates: InternalCoordinates) -> np.ndarray:
-    """Values of the internal coordinates [n_frames, n_coordinates], in nm and radians."""
-    a = coordinates.atoms
-    kind = coordinates.kind[coordinates.cls]
+def internal_values(
+    x: np.ndarray, coordinates: InternalCoordinates, *, select: np.ndarray | None = None
+) -> np.ndarray:
+    """Values of the internal coordinates [n_frames, n_coordinates], in nm and radians.
+
+    ``select`` (indices) restricts them.
+    """
+    chosen = slice(None) if select is None else select
+    a = coordinates.atoms[chosen]
+    kind = coordinates.kind[coordinates.cls[chosen]]
     out = np.empty((len(x), len(a)))
     pair = kind == DISTANCE
     out[:, pair] = np.linalg.norm(x[:, a[pair, 0]] - x[:, a[pair, 1]], axis=-1)
