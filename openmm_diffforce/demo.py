@@ -26,6 +26,7 @@ from .constants import RECORD_FILE
 from .errors import InputError, ResumeError
 from .estimate import end_correction, estimate_free_energy, reweight, standard_score
 from .force import DiffusionForce
+from .models.action import model_fields
 from .models.physics import base_tables, outside_fraction
 from .record import atomic_path, make_record, settings_hash, write_json
 from .report import save_figures, write_report
@@ -82,18 +83,6 @@ def r_squared(prediction: Any, truth: Any) -> float:
     """
     prediction, truth = np.asarray(prediction, float), np.asarray(truth, float)
     return float(1 - ((prediction - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
-
-
-def model_fields(model: Any, x: FloatArray, *, t: float = 0.0, lam: float = 0.0) -> tuple[FloatArray, ...]:
-    """S, dS/dx and dS/dlam of frames as numpy arrays."""
-    n = len(x)
-    with torch.no_grad():
-        out = model.fields(
-            torch.as_tensor(np.ascontiguousarray(x, dtype=np.float64)),
-            torch.full((n,), t, dtype=torch.float64),
-            torch.full((n,), lam, dtype=torch.float64),
-        )
-    return tuple(v.numpy() for v in out)
 
 
 def sample_end(
@@ -427,7 +416,7 @@ def _fit_or_load(case: AlanineCase, train: list[FloatArray], settings: DemoSetti
         graph, case.perturbed, schedule, seed=settings.seed, n_draws=settings.n_draws,
     )  # fmt: skip
     export_artefact(model, path, graph=graph, schedule=schedule, temperature=TEMPERATURE,
-                    training={**training, "inputs_sha256": inputs})  # fmt: skip
+                    training={**training, "inputs_sha256": inputs}, frames=train[0])  # fmt: skip
     return load_artefact(path)
 
 

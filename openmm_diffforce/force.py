@@ -19,7 +19,13 @@ from openmm import app, unit
 
 from .artefact import Artefact, load_artefact
 from .constants import DEFAULT_PREFIX, LAMBDA, LEARNED_GROUP, NOISE, SCALE
-from .errors import IncompatibleSystemError, InputError, MissingDependencyError, ModelError
+from .errors import (
+    IncompatibleSystemError,
+    InputError,
+    MissingDependencyError,
+    ModelError,
+    NotConservativeError,
+)
 from .models.graph import MolecularGraph
 from .schedule import alpha_sigma
 from .units import thermal_energy, to_md
@@ -197,8 +203,7 @@ class _PythonComputation:
             vectors = state.getPeriodicBoxVectors(asNumpy=True)._value
             x = e.whole(x, torch.as_tensor(np.array(vectors), dtype=dtype))
         lam, noise, scale = (values[self.prefix + name] for name in (LAMBDA, NOISE, SCALE))
-        with torch.no_grad():
-            return e.evaluate(x, lam, noise, scale)
+        return e.evaluate(x, lam, noise, scale)
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
         energy, forces, _ = self.fields(state)
@@ -318,14 +323,41 @@ class DiffusionForce:
         return self.prefix + name
 
     def energy_derivative(self, context: openmm.Context) -> float:
-        """dE/dlambda of this force [kJ/mol] at the state of ``context``, exact."""
+        """dE/dlambda of this force [kJ/mol] at the state of ``context``, exact.
+
+        Raises
+        ------
+        NotConservativeError
+            If the model is a bare score.
+        """
         raise NotImplementedError
+
+    @property
+    def conservative(self) -> bool:
+        """Whether the model has an energy (a bare score has none, and reports NaN)."""
+        return bool(self.artefact.metadata["conservative"])
+
+    def require_energy(self, what: str) -> None:
+        """Refuse a model without an energy.
+
+        Raises
+        ------
+        NotConservativeError
+            If the model is a bare score; ``what`` names the use in the message.
+        """
+        if not self.conservative:
+            raise NotConservativeError(
+                f"{what}: needs an energy, and {self.artefact.path.name} holds a bare score, which has "
+                "none; use it for dynamics alone, or fit a conservative model."
+            )
 
     def check(self, context: openmm.Context) -> None:
         """Hold the force against the simulation that it is in.
 
         Raises
         ------
+        NotConservativeError
+            If the model is a bare score and the System has a barostat.
         IncompatibleSystemError
             If the temperature differs from the training temperature at noise > 0, or, in mode
             "add", constraints, virtual sites or massless particles lie among the model's atoms.
@@ -337,6 +369,9 @@ class DiffusionForce:
         UserWarning
             If the temperature differs at noise = 0.
         """
+        for other in context.getSystem().getForces():
+            if "Barostat" in type(other).__name__:
+                self.require_energy(type(other).__name__)
         noise = context.getParameter(self.parameter(NOISE))
         lam = context.getParameter(self.parameter(LAMBDA))
         low, high = self.artefact.metadata["lambda_range"]
@@ -543,6 +578,7 @@ class _PythonDiffusionForce(DiffusionForce, openmm.PythonForce):
         self.setName("DiffusionForce")
 
     def energy_derivative(self, context: openmm.Context) -> float:
+        self.require_energy("dE/dlambda")
         state = context.getState(positions=True, parameters=True)
         return self._computation.fields(state, whole_system=True)[2]
 
@@ -581,6 +617,7 @@ def _torchforce_class() -> type[DiffusionForce]:
             self.setName("DiffusionForce")
 
         def energy_derivative(self, context: openmm.Context) -> float:
+            self.require_energy("dE/dlambda")
             state = context.getState(parameterDerivatives=True, groups={self.getForceGroup()})
             return float(state.getEnergyParameterDerivatives()[self.parameter(LAMBDA)])
 

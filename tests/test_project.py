@@ -31,6 +31,7 @@ FLOORS: dict[str, float] = {
     "record": 1,
     "models.action": 2.0,
     "models.graph": 2.0,
+    "models.examine": 2.1,
     "models.physics": 2.1,
     "models": 2.9,
     "training": 3,
