@@ -6,6 +6,7 @@ and ``python`` (OpenMM's PythonForce, any torch). Both evaluate explicit derivat
 model's ``fields``; autograd does not run in a step.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -493,8 +494,12 @@ def _load_openmmtorch() -> Any:
     imports torch: by now they load.
     """
     global _PLUGINS_LOADED
-    import openmmtorch
-
+    quiet_before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it imports OpenMM by its old name, which warns on the root logger
+    try:
+        import openmmtorch
+    finally:
+        logging.disable(quiet_before)
     if not _PLUGINS_LOADED:
         for failure in openmm.Platform.getPluginLoadFailures():
             if "OpenMMTorchReference" in failure:

@@ -47,8 +47,9 @@ FLOORS: dict[str, float] = {
     "testing": 7,
     "config": 8.0,
     "report": 8.0,
-    "demo": 8.1,
-    "cli": 8.2,
+    "project": 8.1,
+    "demo": 8.2,
+    "cli": 8.3,
 }
 
 

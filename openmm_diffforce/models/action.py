@@ -18,10 +18,13 @@ Your own ``torch.nn.Module`` with the signature of the action becomes a model by
 :class:`AutogradAction`; a network that gives only a score, by :class:`ScoreModel`.
 """
 
+import os
 from typing import Any, Final
 
 import numpy as np
 import torch
+
+from ..errors import ModelError
 
 Tensor = torch.Tensor
 
@@ -170,6 +173,24 @@ def model_fields(model: torch.nn.Module, x: Any, *, t: Any = 0.0, lam: Any = 0.0
     with torch.set_grad_enabled(bool(getattr(model, "uses_autograd", False))):
         out = model.fields(frames, *scalars)  # type: ignore[operator]
     return tuple(v.detach().numpy().astype(np.float64) for v in out)
+
+
+def load_module(path: str | os.PathLike[str]) -> torch.nn.Module:
+    """A module saved with ``torch.jit.save``.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, or holds no TorchScript.
+    """
+    try:
+        module: torch.nn.Module = torch.jit.load(os.fspath(path), map_location="cpu")
+    except (RuntimeError, ValueError, OSError) as err:
+        raise ModelError(
+            f"{path}: expected a TorchScript module (torch.jit.script(module).save(...)), found "
+            f"{str(err).strip().splitlines()[0]}."
+        ) from err
+    return module
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -73,6 +73,12 @@ class Examination:
             for f in self.findings
         ]
 
+    @classmethod
+    def from_dict(cls, rows: list[dict[str, Any]]) -> "Examination":
+        """The examination that :meth:`to_dict` wrote, e.g. from an artefact's metadata."""
+        kept: list[dict[str, Any]] = [{k: np.nan if v is None else v for k, v in row.items()} for row in rows]
+        return cls(tuple(Finding(**row) for row in kept))
+
     def raise_for_failures(self, what: str) -> None:
         """Raise for the first failure.
 
