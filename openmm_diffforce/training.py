@@ -53,7 +53,13 @@ from .models.graph import (
     operator_pairs,
     rotatable_bonds,
 )
-from .models.physics import BaseTables, OperatorTables, PhysicalModel, internal_values
+from .models.physics import (
+    BaseTables,
+    OperatorTables,
+    PhysicalModel,
+    check_noise_range,
+    internal_values,
+)
 from .ops import DISTANCE, TORSION
 from .schedule import NoiseSchedule
 
@@ -605,6 +611,7 @@ def fit_physical_model(
     """
     if sigma_knots is None:
         sigma_knots = default_knots(schedule)
+    check_noise_range("sigma_knots", _check_knots(sigma_knots), schedule)  # before the fits, not after
     generator = np.random.default_rng(seed)
     operator = fit_operator(x_0, o_0, x_1, o_1, graph, sites, sigma_knots=sigma_knots,
                             generator=generator, n_draws=n_draws)  # fmt: skip

@@ -165,7 +165,7 @@ def examine_model(model: torch.nn.Module, x: Any, *, equilibrium: bool = False, 
     span = max(float(np.abs(action).max()), 1.0) if conservative else 1.0
 
     alone = np.concatenate([model_fields(model, frame[None], **state)[1] for frame in few])
-    check("frames are independent", _rms(alone - gradient) / size, loose,
+    check("frames are independent", _rms(alone - gradient) / size, loose, "alone or in a batch",
           "a frame's gradient must not depend on the other frames of its batch")  # fmt: skip
     moved = model_fields(model, few + generator.uniform(-1, 1, 3), **state)
     rotation = np.linalg.qr(generator.standard_normal((3, 3)))[0]
@@ -177,7 +177,8 @@ def examine_model(model: torch.nn.Module, x: Any, *, equilibrium: bool = False, 
         miss = _rms(changed[1] @ back - gradient) / size
         if conservative:
             miss = max(miss, float(np.abs(changed[0] - action).max()) / span)
-        check(f"invariance: {name}", miss, 100 * loose, f"a {name} must not change the physics; {advice}")
+        check(f"invariance: {name}", miss, 100 * loose, f"a {name} changes nothing",
+              f"a {name} must not change the physics; {advice}")  # fmt: skip
     handed = _rms(mirrored[1] * np.array([1.0, 1.0, -1.0]) - gradient) / size
     found.append(Finding(
         "mirror images", "note", handed, np.nan,
@@ -191,13 +192,15 @@ def examine_model(model: torch.nn.Module, x: Any, *, equilibrium: bool = False, 
         numeric = _slope(lambda s: model_fields(model, few + s * direction, **state)[0], step)
         analytic = (gradient * direction).sum((1, 2))
         check("gradient of the action", float(np.abs(numeric - analytic).max()) / (size * few[0].size**0.5),
-              1e-4 if double else 0.1, "dS/dx is not the derivative of S: wrap a bare score in "
+              1e-4 if double else 0.1, "dS/dx is the derivative of S",
+              "dS/dx is not the derivative of S: wrap a bare score in "
               "ScoreModel, or mend fields()")  # fmt: skip
         operator = model_fields(model, few, **state)[2]
         numeric = _slope(lambda s: model_fields(model, few, t=0.4, lam=0.3 + s)[0], 10 * step)
         scale = max(float(np.abs(operator).max()), 1e-3 * span, 1e-9)
         check("derivative in lambda", float(np.abs(numeric - operator).max()) / scale,
-              1e-4 if double else 0.1, "dS/dlam is not the derivative of S")  # fmt: skip
+              1e-4 if double else 0.1, "dS/dlam is the derivative of S",
+              "dS/dlam is not the derivative of S")  # fmt: skip
     else:
         other = _unit(generator.standard_normal(few.shape))
         j_u = _slope(lambda s: model_fields(model, few + s * direction, **state)[1], 10 * step)
@@ -221,11 +224,11 @@ def examine_model(model: torch.nn.Module, x: Any, *, equilibrium: bool = False, 
     return Examination(tuple(found))
 
 
-def _checker(found: list[Finding]) -> Callable[[str, float, float, str], None]:
-    def check(name: str, value: float, limit: float, text: str) -> None:
-        fine = bool(np.isfinite(value) and value <= limit)
-        verdict = text if fine else f"{name}: expected at most {limit:.2g}, found {value:.2g}; {text}."
-        found.append(Finding(name, "ok" if fine else "fail", value, limit, verdict))
+def _checker(found: list[Finding]) -> Callable[[str, float, float, str, str], None]:
+    def check(name: str, value: float, limit: float, fine: str, cure: str) -> None:
+        good = bool(np.isfinite(value) and value <= limit)
+        text = fine if good else f"{name}: expected at most {limit:.2g}, found {value:.2g}; {cure}."
+        found.append(Finding(name, "ok" if good else "fail", value, limit, text))
 
     return check
 
