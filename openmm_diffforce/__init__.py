@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import DiffForceError as DiffForceError
     from .force import DiffusionForce as DiffusionForce
     from .force import force_from_manifest as force_from_manifest
+    from .force import mix as mix
     from .models.action import ActionModel as ActionModel
     from .models.graph import MolecularGraph as MolecularGraph
     from .models.physics import PhysicalModel as PhysicalModel
@@ -43,6 +44,7 @@ _HOME = {
     "graph_from_topology": "systems",
     "lambda_states": "alchemy",
     "load_artefact": "artefact",
+    "mix": "force",
     "run_windows": "windows",
 }
 

@@ -8,8 +8,9 @@ model's ``fields``; autograd does not run in a step.
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,26 @@ import torch
 from openmm import app, unit
 
 from .artefact import Artefact, load_artefact
-from .constants import DEFAULT_PREFIX, LAMBDA, LEARNED_GROUP, NOISE, SCALE
+from .constants import (
+    CLASSICAL_GROUP,
+    DEFAULT_PREFIX,
+    INTERPOLATE,
+    LAMBDA,
+    LEARNED_GROUP,
+    NOISE,
+    SCALE,
+)
 from .errors import IncompatibleSystemError, InputError, MissingDependencyError, ModelError
 from .models.graph import MolecularGraph
 from .schedule import alpha_sigma
+from .systems import (
+    LEARNED_FORCES,
+    SubsetTerms,
+    check_topology,
+    describe,
+    force_type,
+    remove_subset_terms,
+)
 from .units import thermal_energy, to_md
 
 Tensor = torch.Tensor
@@ -72,8 +89,10 @@ class _Evaluator(torch.nn.Module):
         shifts = self.path @ torch.stack([shift_a, shift_b, shift_c], dim=1)
         return x - shifts @ box
 
-    def evaluate(self, x: Tensor, lam: float, noise: float, scale: float) -> tuple[float, Tensor, float]:
-        """E, forces [n_atoms, 3], dE/dlambda for the model's atoms x [n_atoms, 3].
+    def evaluate(
+        self, x: Tensor, lam: float, noise: float, scale: float
+    ) -> tuple[float, Tensor, float, float]:
+        """E, forces [n_atoms, 3], dE/dlambda, dE/dscale for the model's atoms x [n_atoms, 3].
 
         Scalars are Python's: a torch operation costs microseconds in an MD step, these do not.
         """
@@ -94,7 +113,8 @@ class _Evaluator(torch.nn.Module):
             action, gradient, d_lam = self.increment(y, t, lam_tensor)
         else:
             action, gradient, d_lam = self.model.fields(y, t, lam_tensor)
-        return factor * float(action), slope * gradient[0], factor * float(d_lam)
+        unscaled = self.kt * float(action)
+        return scale * unscaled, slope * gradient[0], factor * float(d_lam), unscaled
 
     def increment(self, y: Tensor, noise: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S(y, t, lam) - S(y, t, 0), for any model of the contract."""
@@ -111,7 +131,7 @@ class _PairEvaluator(_Evaluator):
 
 
 class _TorchForceModule(torch.nn.Module):
-    """What TorchForce runs: (positions, [box,] lambda, noise, scale) -> (E, forces)."""
+    """What TorchForce runs: (positions, [box,] lambda, noise, scale[, interpolate]) -> (E, forces)."""
 
     def __init__(self, evaluator: torch.jit.ScriptModule, every_atom: bool) -> None:
         super().__init__()
@@ -127,33 +147,44 @@ class _TorchForceModule(torch.nn.Module):
         return x.float()
 
     def finish(
-        self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
+        interpolate: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         lam_value = float(lam)
-        energy, forces, d_lam = self.evaluator.evaluate(x, lam_value, float(noise), float(scale))
+        factor = float(scale)
+        if interpolate is not None:
+            factor = factor * float(interpolate)
+        energy, forces, d_lam, unscaled = self.evaluator.evaluate(x, lam_value, float(noise), factor)
         out = forces.to(positions.dtype)
         if not self.every_atom:
             out = torch.zeros_like(positions)
             out[self.evaluator.atoms] = forces.to(positions.dtype)
         # TorchForce differentiates the energy with respect to lambda after freezing, which drops
         # detach(): the derivative enters as an explicit linear term of value zero.
-        return (lam - lam_value) * d_lam + energy, out
+        total = (lam - lam_value) * d_lam + energy
+        if interpolate is not None:
+            total = total + (interpolate - float(interpolate)) * (float(scale) * unscaled)
+        return total, out
 
 
 class _OpenModule(_TorchForceModule):
-    def forward(self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
+        interpolate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         positions = positions.data
-        return self.finish(positions, self.chosen(positions), lam, noise, scale)
+        return self.finish(positions, self.chosen(positions), lam, noise, scale, interpolate)
 
 
 class _PeriodicModule(_TorchForceModule):
     def forward(
-        self, positions: Tensor, box: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, positions: Tensor, box: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
+        interpolate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         positions = positions.data
         x = self.chosen(positions)
         x = self.evaluator.whole(x, box.to(x.dtype))
-        return self.finish(positions, x, lam, noise, scale)
+        return self.finish(positions, x, lam, noise, scale, interpolate)
 
 
 def _spanning_tree(graph: MolecularGraph) -> tuple[Tensor, Tensor]:
@@ -185,8 +216,10 @@ class _PythonComputation:
         self.prefix = prefix
         self.periodic = periodic
         self.subset = subset  # OpenMM hands over the subset's positions already
+        self.interpolate = False
 
-    def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[float, Tensor, float]:
+    def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[float, Tensor, float, float]:
+        """E, forces, dE/dlambda, dE/dlambda_interpolate."""
         e = self.evaluator
         dtype = torch.float64 if e.use_double else torch.float32
         values = state.getParameters()
@@ -197,11 +230,14 @@ class _PythonComputation:
             vectors = state.getPeriodicBoxVectors(asNumpy=True)._value
             x = e.whole(x, torch.as_tensor(np.array(vectors), dtype=dtype))
         lam, noise, scale = (values[self.prefix + name] for name in (LAMBDA, NOISE, SCALE))
+        # The classical part of a crossing over declares the parameter; every force may read it.
+        factor = scale * values[INTERPOLATE] if self.interpolate else scale
         with torch.no_grad():
-            return e.evaluate(x, lam, noise, scale)
+            energy, forces, d_lam, unscaled = e.evaluate(x, lam, noise, factor)
+        return energy, forces, d_lam, scale * unscaled
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
-        energy, forces, _ = self.fields(state)
+        energy, forces, _, _ = self.fields(state)
         return energy, forces.numpy().astype(np.float64, copy=False)
 
 
@@ -265,6 +301,8 @@ class DiffusionForce:
     mode: str
     prefix: str
     atoms: np.ndarray
+    interpolated: bool = False
+    replaced: Mapping[str, int] = MappingProxyType({})
 
     def __new__(cls, *args: Any, backend: str = "auto", **kwargs: Any) -> "DiffusionForce":
         if cls is not DiffusionForce:
@@ -306,20 +344,46 @@ class DiffusionForce:
         return evaluator, topology.getPeriodicBoxVectors() is not None
 
     def parameter(self, name: str) -> str:
-        """Context parameter of ``"lambda"``, ``"noise"`` or ``"scale"``.
+        """Context parameter of ``"lambda"``, ``"noise"``, ``"scale"`` or ``"lambda_interpolate"``.
 
         Raises
         ------
         InputError
-            If the name is another.
+            If the name is another, or the force was not mixed with ``interpolate=True``.
         """
+        if name == INTERPOLATE and self.interpolated:
+            return INTERPOLATE
         if name not in (LAMBDA, NOISE, SCALE):
             raise InputError(f'parameter: expected "lambda", "noise" or "scale", found {name!r}.')
         return self.prefix + name
 
-    def energy_derivative(self, context: openmm.Context) -> float:
-        """dE/dlambda of this force [kJ/mol] at the state of ``context``, exact."""
+    def energy_derivative(self, context: openmm.Context, parameter: str = LAMBDA) -> float:
+        """dE/dparameter of this force alone [kJ/mol] at the state of ``context``, exact.
+
+        Parameters
+        ----------
+        context : openmm.Context
+        parameter : {"lambda", "lambda_interpolate"}
+            The latter for a force that :func:`mix` crosses over: c kT S, also at its value 0.
+
+        Raises
+        ------
+        InputError
+            For another parameter.
+        """
+        if parameter not in (LAMBDA, INTERPOLATE):
+            raise InputError(
+                f'parameter: expected "lambda" or "lambda_interpolate", found {parameter!r}; the '
+                "energy is linear in scale, and has no simple derivative in noise."
+            )
+        return self._derivative(context, self.parameter(parameter))
+
+    def _derivative(self, context: openmm.Context, name: str) -> float:
         raise NotImplementedError
+
+    def _cross_over(self) -> None:
+        """Scale the energy with the context parameter ``lambda_interpolate`` as well."""
+        self.interpolated = True
 
     def check(self, context: openmm.Context) -> None:
         """Hold the force against the simulation that it is in.
@@ -327,8 +391,9 @@ class DiffusionForce:
         Raises
         ------
         IncompatibleSystemError
-            If the temperature differs from the training temperature at noise > 0, or, in mode
-            "add", constraints, virtual sites or massless particles lie among the model's atoms.
+            If the temperature differs from the training temperature at noise > 0, if another
+            learned force in the System has the same prefix, or, in mode "add", if constraints,
+            virtual sites or massless particles lie among the model's atoms.
         InputError
             If lambda or noise is outside its range.
 
@@ -361,8 +426,21 @@ class DiffusionForce:
                         "set the integrator's temperature, or noise to 0."
                     )
                 warnings.warn(f"{message}; its energy stays kT_train * S.", stacklevel=2)
+        system = context.getSystem()
+        self._check_prefix(system)
         if self.mode == "add":
-            self._check_singular(context.getSystem())
+            self._check_singular(system)
+
+    def _check_prefix(self, system: openmm.System) -> None:
+        name = self.parameter(LAMBDA)
+        sharing = sum(
+            1 for f in system.getForces() if force_type(f) in LEARNED_FORCES and name in _global_parameters(f)
+        )
+        if sharing > 1:
+            raise IncompatibleSystemError(
+                f"found {sharing} learned forces with the prefix {self.prefix!r} in one System; OpenMM "
+                "would drive them all with one set of parameters: give each its own prefix=..."
+            )
 
     def _check_singular(self, system: openmm.System) -> None:
         mine = {int(a) for a in self.atoms}
@@ -383,7 +461,7 @@ class DiffusionForce:
 
     def manifest(self) -> dict[str, Any]:
         """JSON-ready recipe that :func:`force_from_manifest` rebuilds the force from."""
-        return {
+        manifest: dict[str, Any] = {
             "manifest_version": MANIFEST_VERSION,
             "artefact": str(self.artefact.path),
             "sha256": self.artefact.sha256,
@@ -392,6 +470,9 @@ class DiffusionForce:
             "prefix": self.prefix,
             "backend": self.backend,
         }
+        if self.interpolated:
+            manifest["interpolated"] = True
+        return manifest
 
 
 def force_from_manifest(
@@ -432,7 +513,164 @@ def force_from_manifest(
             f"artefact {manifest['artefact']}: expected SHA-256 {expected[:12]}..., found "
             f"{force.artefact.sha256[:12]}...; it was exported anew since the manifest was written."
         )
+    if manifest.get("interpolated"):
+        force._cross_over()
     return force
+
+
+def mix(
+    system: openmm.System,
+    topology: app.Topology,
+    force: DiffusionForce,
+    *,
+    mode: str = "replace",
+    interpolate: bool = False,
+    keep: Collection[int | str] | None = None,
+) -> openmm.System:
+    r"""A System in which a learned action replaces a molecule's classical interactions.
+
+    .. math:: U = U_{\mathrm{classical}} - U_{\mathrm{inside}} + c\, k_B T\, S
+        \qquad\text{or}\qquad
+        U = U_{\mathrm{classical}} - \mu\, U_{\mathrm{inside}} + \mu\, c\, k_B T\, S
+
+    ==========  =================================================  =========
+    symbol      code                                               unit
+    ==========  =================================================  =========
+    U_inside    ``remove_subset_terms(system, atoms).inside``      kJ/mol
+    c kT S      ``force``                                          kJ/mol
+    mu          context parameter ``lambda_interpolate``           1, default 1
+    ==========  =================================================  =========
+
+    All coupling to the rest of the System stays classical. With ``interpolate`` the System is
+    fully classical at ``lambda_interpolate`` = 0 and fully mixed at 1 (the meaning it has in
+    openmm-ml's ``createMixedSystem``).
+
+    Parameters
+    ----------
+    system : openmm.System
+        Of classical forces; it is not changed.
+    topology : openmm.app.Topology
+        Of ``system``.
+    force : DiffusionForce
+        With ``mode="add"``. The new System takes it over; ``force.replaced`` says afterwards what
+        was taken out for it.
+    mode : {"replace"}
+        To put an action on top of all classical terms, use ``system.addForce(force)``.
+    interpolate : bool
+        Cross over with ``lambda_interpolate``. The removed terms are then in a CustomCVForce in
+        force group ``constants.CLASSICAL_GROUP``; the learned force keeps its group.
+    keep : collection of int or str, optional
+        Classical forces, by index or name, that stay whole: restraints. See
+        :func:`openmm_diffforce.systems.remove_subset_terms`.
+
+    Returns
+    -------
+    openmm.System
+        Forces keep their indices; the learned force is the last.
+
+    Raises
+    ------
+    InputError
+        For arguments that do not fit, or a force that is in a System already.
+    ModelError
+        If the topology's atoms are not the model's molecule.
+    IncompatibleSystemError
+        If the terms inside cannot be taken out exactly: see
+        :func:`openmm_diffforce.systems.remove_subset_terms`; if only one of System and force is
+        periodic; or if a force of the System uses ``lambda_interpolate``.
+
+    Notes
+    -----
+    dU/dmu: ``context.getState(parameterDerivatives=True)`` has it whole with the backend
+    torchforce; with the backend python it holds the classical part, and
+    ``force.energy_derivative(context, "lambda_interpolate")`` the learned one: add them.
+
+    The result holds a learned force, so it must not be copied or deserialized. Keep ``system`` and
+    ``force.manifest()``, and mix again. For a second molecule, apply ``remove_subset_terms`` for
+    it first, mix, and add its force to the result.
+
+    Not checked: that classical and learned action describe the molecule in the same environment
+    (a model fitted in vacuum has no polarization by water).
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from openmm_diffforce.systems import remove_subset_terms
+    >>> def replaced(artefact, topology, system):
+    ...     force = DiffusionForce(artefact, topology=topology)
+    ...     mixed = mix(system, topology, force)
+    ...     return mixed, dict(force.replaced)
+    """
+    if mode != "replace":
+        raise InputError(
+            f'mode: expected "replace", found {mode!r}; to add an action or operator on top of the '
+            "classical terms, use system.addForce(force)."
+        )
+    if not isinstance(force, DiffusionForce):
+        raise InputError(f"force: expected a DiffusionForce, found {type(force).__name__}.")
+    if force.mode != "add":
+        raise InputError(
+            'force: expected one with mode="add", found mode="operator", which is only the change of '
+            "an action and cannot replace a molecule's interactions."
+        )
+    if not force.thisown:  # type: ignore[attr-defined]
+        raise InputError("force: expected one that is in no System yet; build another for this System.")
+    check_topology(topology, system)
+    _matched_atoms(force.artefact, topology, [int(a) for a in force.atoms])
+    terms = remove_subset_terms(system, [int(a) for a in force.atoms], keep=keep)
+    if describe(system).periodic and not force.usesPeriodicBoundaryConditions():  # type: ignore[attr-defined]
+        raise IncompatibleSystemError(
+            "the System is periodic and the learned force is not; give the topology its box vectors "
+            "(topology.setPeriodicBoxVectors) before the force is built."
+        )
+    if interpolate:
+        terms.system.addForce(_crossing_force(system, terms))
+        force._cross_over()
+    force.replaced = MappingProxyType(dict(terms.removed))
+    terms.system.addForce(force)
+    return terms.system
+
+
+def _crossing_force(system: openmm.System, terms: SubsetTerms) -> openmm.CustomCVForce:
+    """(1 - lambda_interpolate) times the energy of the removed terms."""
+    for force in system.getForces():
+        if INTERPOLATE in _global_parameters(force):
+            raise IncompatibleSystemError(
+                f"force {force.getName()}: uses the context parameter {INTERPOLATE} already; rename it."
+            )
+    for inside in terms.inside:
+        if getattr(inside, "getNumEnergyParameterDerivatives", lambda: 0)():
+            raise IncompatibleSystemError(
+                f"force {inside.getName()}: declares a derivative in "
+                f"{inside.getEnergyParameterDerivativeName(0)}, which would be wrong while its terms "
+                "are crossed over; mix with interpolate=False, or create it without."
+            )
+    if not terms.inside:
+        raise IncompatibleSystemError(
+            "interpolate: expected classical terms inside the molecule to cross over from, found none."
+        )
+    names = [f"u{k}" for k in range(len(terms.inside))]
+    crossing = openmm.CustomCVForce(f"(1-{INTERPOLATE})*({' + '.join(names)})")
+    for name, inside in zip(names, terms.inside, strict=True):
+        inside.setForceGroup(0)
+        crossing.addCollectiveVariable(name, inside)
+    crossing.addGlobalParameter(INTERPOLATE, 1.0)
+    crossing.addEnergyParameterDerivative(INTERPOLATE)
+    crossing.setForceGroup(CLASSICAL_GROUP)
+    crossing.setName("classical terms crossed over")
+    return crossing
+
+
+def _global_parameters(force: openmm.Force) -> set[str]:
+    """Names of the context parameters that a force from a System defines."""
+    if isinstance(force, openmm.PythonForce):
+        return set(force.getGlobalParameters())
+    if type(force) is openmm.Force and available_backends()["torchforce"] == "ok":
+        torchforce = _load_openmmtorch().TorchForce
+        if torchforce.isinstance(force):
+            force = torchforce.cast(force)
+    n = force.getNumGlobalParameters() if hasattr(force, "getNumGlobalParameters") else 0
+    return {force.getGlobalParameterName(i) for i in range(n)}
 
 
 def available_backends() -> dict[str, str]:
@@ -542,9 +780,14 @@ class _PythonDiffusionForce(DiffusionForce, openmm.PythonForce):
         self.setForceGroup(LEARNED_GROUP)
         self.setName("DiffusionForce")
 
-    def energy_derivative(self, context: openmm.Context) -> float:
+    def _derivative(self, context: openmm.Context, name: str) -> float:
         state = context.getState(positions=True, parameters=True)
-        return self._computation.fields(state, whole_system=True)[2]
+        _, _, d_lam, d_interpolate = self._computation.fields(state, whole_system=True)
+        return d_interpolate if name == INTERPOLATE else d_lam
+
+    def _cross_over(self) -> None:
+        super()._cross_over()
+        self._computation.interpolate = True
 
 
 _TORCHFORCE_CLASS: type[DiffusionForce] | None = None
@@ -580,9 +823,14 @@ def _torchforce_class() -> type[DiffusionForce]:
             self.setForceGroup(LEARNED_GROUP)
             self.setName("DiffusionForce")
 
-        def energy_derivative(self, context: openmm.Context) -> float:
+        def _derivative(self, context: openmm.Context, name: str) -> float:
             state = context.getState(parameterDerivatives=True, groups={self.getForceGroup()})
-            return float(state.getEnergyParameterDerivatives()[self.parameter(LAMBDA)])
+            return float(state.getEnergyParameterDerivatives()[name])
+
+        def _cross_over(self) -> None:
+            super()._cross_over()
+            self.addGlobalParameter(INTERPOLATE, 1.0)
+            self.addEnergyParameterDerivative(INTERPOLATE)
 
     _TORCHFORCE_CLASS = _TorchDiffusionForce
     return _TORCHFORCE_CLASS
