@@ -461,7 +461,7 @@ class DiffusionForce:
 
     def manifest(self) -> dict[str, Any]:
         """JSON-ready recipe that :func:`force_from_manifest` rebuilds the force from."""
-        manifest: dict[str, Any] = {
+        return {
             "manifest_version": MANIFEST_VERSION,
             "artefact": str(self.artefact.path),
             "sha256": self.artefact.sha256,
@@ -470,9 +470,6 @@ class DiffusionForce:
             "prefix": self.prefix,
             "backend": self.backend,
         }
-        if self.interpolated:
-            manifest["interpolated"] = True
-        return manifest
 
 
 def force_from_manifest(
@@ -513,8 +510,6 @@ def force_from_manifest(
             f"artefact {manifest['artefact']}: expected SHA-256 {expected[:12]}..., found "
             f"{force.artefact.sha256[:12]}...; it was exported anew since the manifest was written."
         )
-    if manifest.get("interpolated"):
-        force._cross_over()
     return force
 
 

@@ -1013,7 +1013,7 @@ def check_topology(topology: Any, system: mm.System) -> None:
             f"topology: expected an openmm.app.Topology, found {type(topology).__name__}; an "
             "mdtraj topology converts with .to_openmm()."
         )
-    if topology.getNumAtoms() != system.getNumParticles():
+    if topology.getNumAtoms() != _check_system(system).getNumParticles():
         raise InputError(
             f"topology: expected {system.getNumParticles()} atoms as in the System, found "
             f"{topology.getNumAtoms()}."
