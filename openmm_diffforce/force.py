@@ -39,7 +39,7 @@ from .systems import (
     force_type,
     remove_subset_terms,
 )
-from .units import thermal_energy, to_md
+from .units import MOLAR_GAS_CONSTANT, thermal_energy, to_md
 
 Tensor = torch.Tensor
 
@@ -412,20 +412,18 @@ class DiffusionForce:
             )
         if not 0 <= noise <= 1:
             raise InputError(f"{self.parameter(NOISE)}: expected a value in [0, 1], found {noise:g}.")
-        integrator = context.getIntegrator()
-        if hasattr(integrator, "getTemperature"):
-            kelvin = integrator.getTemperature().value_in_unit(unit.kelvin)
-            if abs(kelvin - self.artefact.temperature) > TEMPERATURE_TOLERANCE:
-                message = (
-                    f"the integrator runs at {kelvin:g} K, the model was trained at "
-                    f"{self.artefact.temperature:g} K"
+        kelvin = _bath_temperature(context)
+        if kelvin is not None and abs(kelvin - self.artefact.temperature) > TEMPERATURE_TOLERANCE:
+            message = (
+                f"the integrator runs at {kelvin:g} K, the model was trained at "
+                f"{self.artefact.temperature:g} K"
+            )
+            if noise > 0:
+                raise IncompatibleSystemError(
+                    f"{message}; a noised action has a meaning at its own temperature only: "
+                    "set the integrator's temperature, or noise to 0."
                 )
-                if noise > 0:
-                    raise IncompatibleSystemError(
-                        f"{message}; a noised action has a meaning at its own temperature only: "
-                        "set the integrator's temperature, or noise to 0."
-                    )
-                warnings.warn(f"{message}; its energy stays kT_train * S.", stacklevel=2)
+            warnings.warn(f"{message}; its energy stays kT_train * S.", stacklevel=2)
         system = context.getSystem()
         self._check_prefix(system)
         if self.mode == "add":
@@ -470,6 +468,21 @@ class DiffusionForce:
             "prefix": self.prefix,
             "backend": self.backend,
         }
+
+
+def _bath_temperature(context: openmm.Context) -> float | None:
+    """Temperature [K] of the integrator or Andersen's thermostat, if there is one to be seen."""
+    integrator = context.getIntegrator()
+    if isinstance(integrator, openmm.CompoundIntegrator):
+        integrator = integrator.getIntegrator(integrator.getCurrentIntegrator())
+    if hasattr(integrator, "getTemperature"):
+        return float(integrator.getTemperature().value_in_unit(unit.kelvin))
+    if isinstance(integrator, openmm.CustomIntegrator):
+        # The name that MTSLangevinIntegrator, aMD and openmmtools give it.
+        for i in range(integrator.getNumGlobalVariables()):
+            if integrator.getGlobalVariableName(i) == "kT":
+                return float(integrator.getGlobalVariable(i)) / MOLAR_GAS_CONSTANT
+    return dict(context.getParameters()).get(openmm.AndersenThermostat.Temperature())
 
 
 def force_from_manifest(

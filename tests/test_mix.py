@@ -170,6 +170,12 @@ def test_atoms_wrapped_one_by_one_change_nothing() -> None:
     wrapped = fields(terms.system, box.positions + shifts @ solvated.BOXES["triclinic"])
     assert wrapped[0] == pytest.approx(energy, rel=REL_F64)
     assert np.linalg.norm(wrapped[1] - forces) <= REL_F64 * np.linalg.norm(forces)
+    pairs = system_of(box.system, [f for f in terms.inside if isinstance(f, mm.CustomBondForce)])
+    assert pairs.getNumForces() == 2
+    found, expected = (
+        fields(pairs, x)[0] for x in (box.positions + shifts @ solvated.BOXES["triclinic"], box.positions)
+    )
+    assert found == pytest.approx(expected, rel=REL_F64)
 
 
 def test_the_molecule_stays_one_molecule() -> None:
@@ -833,9 +839,10 @@ def test_a_molecule_that_is_not_the_first(learned: Callable[..., DiffusionForce]
     """Two dipeptides: each is replaced alone; both, one after the other."""
     topology, x, _ = alanine_dipeptide()
     modeller = app.Modeller(topology, x * unit.nanometer)
-    modeller.add(topology, (x + [0.9, 0.2, 0.1]) * unit.nanometer)
+    aside = x + np.array([0.9, 0.2, 0.1])
+    modeller.add(topology, aside * unit.nanometer)
     both = modeller.topology
-    positions = np.concatenate([x, x + [0.9, 0.2, 0.1]])
+    positions = np.concatenate([x, aside])
     system = solvated.force_field().createSystem(both, nonbondedMethod=app.NoCutoff)
     second = range(22, 44)
     whole, one = fields(system, positions), fields(alone(), x)
