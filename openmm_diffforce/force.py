@@ -7,6 +7,7 @@ model's ``fields``; autograd does not run in a step.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -259,7 +260,8 @@ class DiffusionForce:
     ==========  =======================================  ===========================
 
     The object IS an ``openmm.Force`` (TorchForce or PythonForce) in force group
-    ``constants.LEARNED_GROUP``: pass it to ``system.addForce``.
+    ``constants.LEARNED_GROUP``: pass it to ``system.addForce``, or to :func:`mix`, which takes the
+    molecule's classical interactions out and says in ``replaced`` what it took.
 
     Parameters
     ----------
@@ -293,7 +295,9 @@ class DiffusionForce:
     -----
     The temperature of the simulation is not known here: call :meth:`check` with the Context.
     A System that holds a TorchForce must not be deserialized or copied; keep the System without
-    it and rebuild the force from :meth:`manifest`.
+    it and rebuild the force from :meth:`manifest`. OpenMM's own parameter derivatives (those of a
+    State, and ``deriv(energy, ...)`` in a CustomIntegrator) contain this force with the backend
+    torchforce only; :meth:`energy_derivative` has it with both.
     """
 
     artefact: Artefact
@@ -302,6 +306,7 @@ class DiffusionForce:
     prefix: str
     atoms: np.ndarray
     interpolated: bool = False
+    _declared: frozenset[str] = frozenset()  # whose derivatives OpenMM gets from this force
     replaced: Mapping[str, int] = MappingProxyType({})
 
     def __new__(cls, *args: Any, backend: str = "auto", **kwargs: Any) -> "DiffusionForce":
@@ -392,7 +397,8 @@ class DiffusionForce:
         ------
         IncompatibleSystemError
             If the temperature differs from the training temperature at noise > 0, if another
-            learned force in the System has the same prefix, or, in mode "add", if constraints,
+            learned force in the System has the same prefix, if a CustomIntegrator asks for a
+            derivative that the backend does not give it, or, in mode "add", if constraints,
             virtual sites or massless particles lie among the model's atoms.
         InputError
             If lambda or noise is outside its range.
@@ -424,10 +430,28 @@ class DiffusionForce:
                     "set the integrator's temperature, or noise to 0."
                 )
             warnings.warn(f"{message}; its energy stays kT_train * S.", stacklevel=2)
+        self._check_integrator(context.getIntegrator())
         system = context.getSystem()
         self._check_prefix(system)
         if self.mode == "add":
             self._check_singular(system)
+
+    def _check_integrator(self, integrator: openmm.Integrator) -> None:
+        if not isinstance(integrator, openmm.CustomIntegrator):
+            return
+        # What nobody declares a derivative of, OpenMM takes for constant.
+        silent = {self.parameter(n) for n in (LAMBDA, NOISE, SCALE) if n not in self._declared}
+        if self.interpolated and INTERPOLATE not in self._declared:
+            silent.add(INTERPOLATE)
+        for i in range(integrator.getNumComputations()):
+            expression = integrator.getComputationStep(i)[2]
+            asked = re.findall(r"deriv\(\s*energy\d*\s*,\s*(\w+)", expression)
+            if silent.intersection(asked):
+                raise IncompatibleSystemError(
+                    f"the CustomIntegrator computes {expression!r}, and OpenMM takes this force's part "
+                    f"of it for 0 with backend {self.backend!r}; deriv() works for lambda with "
+                    'backend="torchforce", energy_derivative(context) between steps with both.'
+                )
 
     def _check_prefix(self, system: openmm.System) -> None:
         name = self.parameter(LAMBDA)
@@ -602,12 +626,30 @@ def mix(
 
     Examples
     --------
+    Hydrogen's spring gives way to an action that was fitted to snapshots of it.
+
     >>> import tempfile
-    >>> from openmm_diffforce.systems import remove_subset_terms
-    >>> def replaced(artefact, topology, system):
-    ...     force = DiffusionForce(artefact, topology=topology)
-    ...     mixed = mix(system, topology, force)
-    ...     return mixed, dict(force.replaced)
+    >>> from openmm_diffforce import MolecularGraph, PhysicalModel, VESchedule, export_artefact
+    >>> from openmm_diffforce.training import fit_base_action
+    >>> random = np.random.default_rng(0)
+    >>> x = np.array([[0, 0, 0], [0.074, 0, 0]]) + 0.003 * random.standard_normal((200, 2, 3))
+    >>> graph, schedule = MolecularGraph(("H", "H"), ((0, 1),)), VESchedule(0.02)
+    >>> fit = fit_base_action(x, graph, sigma_knots=(0.0, 0.02), generator=random, n_draws=1)
+    >>> topology, system, spring = app.Topology(), openmm.System(), openmm.HarmonicBondForce()
+    >>> residue = topology.addResidue("H2", topology.addChain())
+    >>> a, b = (topology.addAtom(n, app.element.hydrogen, residue) for n in ("H1", "H2"))
+    >>> _ = topology.addBond(a, b), system.addParticle(1.0), system.addParticle(1.0)
+    >>> _ = spring.addBond(0, 1, 0.074, 3e5), system.addForce(spring)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = folder + "/h2.diffforce"
+    ...     _ = export_artefact(
+    ...         PhysicalModel(fit.tables, None, schedule), path, graph=graph, schedule=schedule,
+    ...         temperature=300.0,
+    ...     )
+    ...     force = DiffusionForce(path, topology=topology)
+    >>> mixed = mix(system, topology, force)
+    >>> dict(force.replaced), mixed.getForce(0).getNumBonds(), system.getForce(0).getNumBonds()
+    ({'0 HarmonicBondForce': 1}, 0, 1)
     """
     if mode != "replace":
         raise InputError(
@@ -812,6 +854,7 @@ def _torchforce_class() -> type[DiffusionForce]:
         """DiffusionForce on openmm-torch's TorchForce."""
 
         backend = "torchforce"
+        _declared = frozenset({LAMBDA, INTERPOLATE})
 
         def __init__(
             self, path: str | os.PathLike[str], *, topology: app.Topology,
