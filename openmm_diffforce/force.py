@@ -608,8 +608,9 @@ def mix(
         If the topology's atoms are not the model's molecule.
     IncompatibleSystemError
         If the terms inside cannot be taken out exactly: see
-        :func:`openmm_diffforce.systems.remove_subset_terms`; if only one of System and force is
-        periodic; or if a force of the System uses ``lambda_interpolate``.
+        :func:`openmm_diffforce.systems.remove_subset_terms`; if the System is periodic and the
+        force is not; or, with ``interpolate``, if a force of the System uses
+        ``lambda_interpolate`` already or the removed terms declare parameter derivatives.
 
     Notes
     -----
@@ -620,6 +621,8 @@ def mix(
     The result holds a learned force, so it must not be copied or deserialized. Keep ``system`` and
     ``force.manifest()``, and mix again. For a second molecule, apply ``remove_subset_terms`` for
     it first, mix, and add its force to the result.
+
+    With a barostat start from whole molecules: OpenMM moves the atoms of one as they are stored.
 
     Not checked: that classical and learned action describe the molecule in the same environment
     (a model fitted in vacuum has no polarization by water).

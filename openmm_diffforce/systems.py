@@ -522,13 +522,11 @@ def _check_subset(system: mm.System, atoms: Sequence[int]) -> set[int]:
 def _kept_forces(system: mm.System, keep: Collection[int | str] | None) -> set[int]:
     forces = list(system.getForces())
     kept = {i for i, f in enumerate(forces) if f.getName() == FLAT_BOTTOM_TORSION}
-    if isinstance(keep, str):
+    if isinstance(keep, str | int):
         keep = [keep]
-    for entry in keep or ():
-        if isinstance(entry, str):
-            found = {i for i, f in enumerate(forces) if f.getName() == entry}
-        else:
-            found = {int(entry)} & set(range(len(forces)))
+    for entry in keep if keep is not None else ():
+        # Equal, not converted: 1.5 is no index.
+        found = {i for i, f in enumerate(forces) if entry in (i, f.getName())}
         if not found:
             raise InputError(
                 f"keep: expected indices or names of the System's forces, found {entry!r}; it has "
@@ -568,10 +566,10 @@ def _split_nonbonded(
 ) -> tuple[mm.Force, list[mm.Force], int]:
     """Pairs inside become exclusions; their energy, as this force computes it, CustomBondForces."""
     method = force.getNonbondedMethod()
-    if method == mm.NonbondedForce.LJPME:
+    if method == mm.NonbondedForce.LJPME or not force.getIncludeDirectSpace():
         raise IncompatibleSystemError(
-            f"force {label}: with LJPME an exclusion does not take a pair out exactly; create the "
-            "System with PME."
+            f"force {label}: with LJPME, or without direct space, an exclusion does not take a pair "
+            "out exactly; create the System with PME."
         )
     rows = [[float(v._value) for v in force.getParticleParameters(i)] for i in range(force.getNumParticles())]
     known = {}

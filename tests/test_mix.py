@@ -641,8 +641,11 @@ def test_forces_on_no_white_list(force: mm.Force) -> None:
 
 
 def test_ljpme_and_offsets_are_refused() -> None:
-    with pytest.raises(IncompatibleSystemError, match="LJPME"):
-        remove_subset_terms(bare(nonbonded("LJPME")), [0, 1])
+    reciprocal_only = nonbonded("PME")
+    reciprocal_only.setIncludeDirectSpace(False)
+    for force in (nonbonded("LJPME"), reciprocal_only):
+        with pytest.raises(IncompatibleSystemError, match="LJPME"):
+            remove_subset_terms(bare(force), [0, 1])
     force = nonbonded("NoCutoff")
     force.addGlobalParameter("on", 1.0)
     force.addParticleParameterOffset("on", 0, 0.1, 0.0, 0.0)
@@ -678,7 +681,9 @@ def test_singular_atoms_are_refused() -> None:
         ([], {}, "atoms: expected a list"), ([0.5, 1.5], {}, "atoms: expected a list"),
         ([0, 0], {}, "different indices"), ([0, N], {}, "different indices"), ([-1], {}, "different indices"),
         ([0], {"keep": [3]}, "keep: expected.*found 3; it has 0 HarmonicBondForce"),
-        ([0], {"keep": ["phi"]}, "keep: expected.*found 'phi'"),
+        ([0], {"keep": ["phi"]}, "keep: expected.*found 'phi'"), ([0], {"keep": "phi"}, "found 'phi'"),
+        ([0], {"keep": [-1]}, "found -1"), ([0], {"keep": [0.5]}, "found 0.5"),
+        ([0], {"keep": np.array([3])}, "found.*3"), ([0], {"keep": 7}, "found 7"),
     ],
 )  # fmt: skip
 def test_bad_arguments(atoms: Any, options: Any, message: str) -> None:
@@ -798,6 +803,35 @@ def test_crossing_over_in_a_box(learned: Callable[..., DiffusionForce], shape: s
     assert_equal(state_of(context), state_of(plain))
     molecules = {tuple(m) for m in context.getMolecules()}
     assert tuple(SOLUTE) in molecules
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_the_cpu_platform(learned: Callable[..., DiffusionForce], backend: str) -> None:
+    """Where Systems of this size run: single precision, and exclusions that all forces must share."""
+    world = solvated.box("cubic")
+    system = copy.deepcopy(world.system)
+    nonbonded = next(f for f in system.getForces() if isinstance(f, mm.NonbondedForce))
+    extra = mm.CustomNonbondedForce("0.001*exp(-r)")
+    for _ in range(system.getNumParticles()):
+        extra.addParticle([])
+    for i in range(nonbonded.getNumExceptions()):
+        extra.addExclusion(*nonbonded.getExceptionParameters(i)[:2])
+    extra.setNonbondedMethod(mm.CustomNonbondedForce.CutoffPeriodic)
+    extra.setCutoffDistance(0.8)
+    system.addForce(extra)
+    found = {}
+    for platform in ("Reference", "CPU"):
+        mixed = mix(system, world.topology, learned(world.topology, backend=backend), interpolate=True)
+        context = mm.Context(mixed, mm.VerletIntegrator(0.001), mm.Platform.getPlatformByName(platform))
+        context.setPositions(world.positions)
+        for mu in (0.0, 0.5, 1.0):
+            context.setParameter(INTERPOLATE, mu)
+            found[platform, mu] = state_of(context)
+    for mu in (0.0, 0.5, 1.0):
+        reference, cpu = found["Reference", mu], found["CPU", mu]
+        size = np.linalg.norm(reference[1])
+        assert np.linalg.norm(cpu[1] - reference[1]) <= 1e-4 * size
+        assert abs(cpu[0] - reference[0]) <= 1e-3 * abs(reference[0])
 
 
 @pytest.mark.torchforce
