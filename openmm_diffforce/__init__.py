@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import DiffForceError as DiffForceError
     from .force import DiffusionForce as DiffusionForce
     from .force import force_from_manifest as force_from_manifest
+    from .force import mix as mix
     from .models.action import ActionModel as ActionModel
     from .models.action import AutogradAction as AutogradAction
     from .models.action import ScoreModel as ScoreModel
@@ -50,6 +51,7 @@ _HOME = {
     "graph_from_topology": "systems",
     "lambda_states": "alchemy",
     "load_artefact": "artefact",
+    "mix": "force",
     "model_fields": "models.action",
     "run_windows": "windows",
 }

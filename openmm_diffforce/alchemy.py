@@ -1,7 +1,6 @@
 """End-state pairs, the operator O = beta (U_1 - U_0) per frame, and lambda paths between them."""
 
 import copy
-import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from .systems import (
     check_topology,
     clone_system,
     constrained_atoms,
+    coulomb_constant,
     evaluate_frames,
     force_type,
     require_classical,
@@ -445,19 +445,6 @@ def _plain_nonbonded(force: mm.NonbondedForce) -> bool:
         and force.getNumParticleParameterOffsets() == 0
         and force.getNumExceptionParameterOffsets() == 0
     )
-
-
-@functools.cache
-def coulomb_constant() -> float:
-    """1/(4 pi eps_0) [kJ nm/mol/e^2] exactly as this OpenMM has it, read off two unit charges."""
-    system = mm.System()
-    force = mm.NonbondedForce()
-    for _ in range(2):
-        system.addParticle(1.0)
-        force.addParticle(1.0, 1.0, 0.0)
-    system.addForce(force)
-    x = np.array([[[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])
-    return float(evaluate_frames(system, x)[0][0])
 
 
 def _pair_coefficients(force: mm.NonbondedForce) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -12,6 +12,9 @@ NOISE = "noise"
 SCALE = "scale"
 """``<prefix>scale``: factor on the whole learned energy (1 = as learned)."""
 
+INTERPOLATE = "lambda_interpolate"
+"""Crossing over of :func:`openmm_diffforce.force.mix`: 0 classical, 1 learned (openmm-ml's name)."""
+
 CLASSICAL_GROUP = 0
 """Force group of the classical terms (OpenMM's default group)."""
 

@@ -8,9 +8,11 @@ model's ``fields``; autograd does not run in a step.
 
 import logging
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,15 @@ import torch
 from openmm import app, unit
 
 from .artefact import Artefact, load_artefact
-from .constants import DEFAULT_PREFIX, LAMBDA, LEARNED_GROUP, NOISE, SCALE
+from .constants import (
+    CLASSICAL_GROUP,
+    DEFAULT_PREFIX,
+    INTERPOLATE,
+    LAMBDA,
+    LEARNED_GROUP,
+    NOISE,
+    SCALE,
+)
 from .errors import (
     IncompatibleSystemError,
     InputError,
@@ -29,7 +39,15 @@ from .errors import (
 )
 from .models.graph import MolecularGraph
 from .schedule import alpha_sigma
-from .units import thermal_energy, to_md
+from .systems import (
+    LEARNED_FORCES,
+    SubsetTerms,
+    check_topology,
+    describe,
+    force_type,
+    remove_subset_terms,
+)
+from .units import MOLAR_GAS_CONSTANT, thermal_energy, to_md
 
 Tensor = torch.Tensor
 
@@ -79,8 +97,10 @@ class _Evaluator(torch.nn.Module):
         shifts = self.path @ torch.stack([shift_a, shift_b, shift_c], dim=1)
         return x - shifts @ box
 
-    def evaluate(self, x: Tensor, lam: float, noise: float, scale: float) -> tuple[float, Tensor, float]:
-        """E, forces [n_atoms, 3], dE/dlambda for the model's atoms x [n_atoms, 3].
+    def evaluate(
+        self, x: Tensor, lam: float, noise: float, scale: float
+    ) -> tuple[float, Tensor, float, float]:
+        """E, forces [n_atoms, 3], dE/dlambda, dE/dscale for the model's atoms x [n_atoms, 3].
 
         Scalars are Python's: a torch operation costs microseconds in an MD step, these do not.
         """
@@ -101,7 +121,8 @@ class _Evaluator(torch.nn.Module):
             action, gradient, d_lam = self.increment(y, t, lam_tensor)
         else:
             action, gradient, d_lam = self.model.fields(y, t, lam_tensor)
-        return factor * float(action), slope * gradient[0], factor * float(d_lam)
+        unscaled = self.kt * float(action)
+        return scale * unscaled, slope * gradient[0], factor * float(d_lam), unscaled
 
     def increment(self, y: Tensor, noise: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S(y, t, lam) - S(y, t, 0), for any model of the contract."""
@@ -118,7 +139,7 @@ class _PairEvaluator(_Evaluator):
 
 
 class _TorchForceModule(torch.nn.Module):
-    """What TorchForce runs: (positions, [box,] lambda, noise, scale) -> (E, forces)."""
+    """What TorchForce runs: (positions, [box,] lambda, noise, scale[, interpolate]) -> (E, forces)."""
 
     def __init__(self, evaluator: torch.jit.ScriptModule, every_atom: bool) -> None:
         super().__init__()
@@ -134,33 +155,44 @@ class _TorchForceModule(torch.nn.Module):
         return x.float()
 
     def finish(
-        self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
+        interpolate: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         lam_value = float(lam)
-        energy, forces, d_lam = self.evaluator.evaluate(x, lam_value, float(noise), float(scale))
+        factor = float(scale)
+        if interpolate is not None:
+            factor = factor * float(interpolate)
+        energy, forces, d_lam, unscaled = self.evaluator.evaluate(x, lam_value, float(noise), factor)
         out = forces.to(positions.dtype)
         if not self.every_atom:
             out = torch.zeros_like(positions)
             out[self.evaluator.atoms] = forces.to(positions.dtype)
         # TorchForce differentiates the energy with respect to lambda after freezing, which drops
         # detach(): the derivative enters as an explicit linear term of value zero.
-        return (lam - lam_value) * d_lam + energy, out
+        total = (lam - lam_value) * d_lam + energy
+        if interpolate is not None:
+            total = total + (interpolate - float(interpolate)) * (float(scale) * unscaled)
+        return total, out
 
 
 class _OpenModule(_TorchForceModule):
-    def forward(self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, positions: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
+        interpolate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         positions = positions.data
-        return self.finish(positions, self.chosen(positions), lam, noise, scale)
+        return self.finish(positions, self.chosen(positions), lam, noise, scale, interpolate)
 
 
 class _PeriodicModule(_TorchForceModule):
     def forward(
-        self, positions: Tensor, box: Tensor, lam: Tensor, noise: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, positions: Tensor, box: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
+        interpolate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         positions = positions.data
         x = self.chosen(positions)
         x = self.evaluator.whole(x, box.to(x.dtype))
-        return self.finish(positions, x, lam, noise, scale)
+        return self.finish(positions, x, lam, noise, scale, interpolate)
 
 
 def _spanning_tree(graph: MolecularGraph) -> tuple[Tensor, Tensor]:
@@ -192,8 +224,10 @@ class _PythonComputation:
         self.prefix = prefix
         self.periodic = periodic
         self.subset = subset  # OpenMM hands over the subset's positions already
+        self.interpolate = False
 
-    def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[float, Tensor, float]:
+    def fields(self, state: openmm.State, whole_system: bool = False) -> tuple[float, Tensor, float, float]:
+        """E, forces, dE/dlambda, dE/dlambda_interpolate."""
         e = self.evaluator
         dtype = torch.float64 if e.use_double else torch.float32
         values = state.getParameters()
@@ -204,10 +238,13 @@ class _PythonComputation:
             vectors = state.getPeriodicBoxVectors(asNumpy=True)._value
             x = e.whole(x, torch.as_tensor(np.array(vectors), dtype=dtype))
         lam, noise, scale = (values[self.prefix + name] for name in (LAMBDA, NOISE, SCALE))
-        return e.evaluate(x, lam, noise, scale)
+        # The classical part of a crossing over declares the parameter; every force may read it.
+        factor = scale * values[INTERPOLATE] if self.interpolate else scale
+        energy, forces, d_lam, unscaled = e.evaluate(x, lam, noise, factor)
+        return energy, forces, d_lam, scale * unscaled
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
-        energy, forces, _ = self.fields(state)
+        energy, forces, _, _ = self.fields(state)
         return energy, forces.numpy().astype(np.float64, copy=False)
 
 
@@ -229,7 +266,8 @@ class DiffusionForce:
     ==========  =======================================  ===========================
 
     The object IS an ``openmm.Force`` (TorchForce or PythonForce) in force group
-    ``constants.LEARNED_GROUP``: pass it to ``system.addForce``.
+    ``constants.LEARNED_GROUP``: pass it to ``system.addForce``, or to :func:`mix`, which takes the
+    molecule's classical interactions out and says in ``replaced`` what it took.
 
     Parameters
     ----------
@@ -263,7 +301,9 @@ class DiffusionForce:
     -----
     The temperature of the simulation is not known here: call :meth:`check` with the Context.
     A System that holds a TorchForce must not be deserialized or copied; keep the System without
-    it and rebuild the force from :meth:`manifest`.
+    it and rebuild the force from :meth:`manifest`. OpenMM's own parameter derivatives (those of a
+    State, and ``deriv(energy, ...)`` in a CustomIntegrator) contain this force with the backend
+    torchforce only; :meth:`energy_derivative` has it with both.
     """
 
     artefact: Artefact
@@ -271,6 +311,9 @@ class DiffusionForce:
     mode: str
     prefix: str
     atoms: np.ndarray
+    interpolated: bool = False
+    _declared: frozenset[str] = frozenset()  # whose derivatives OpenMM gets from this force
+    replaced: Mapping[str, int] = MappingProxyType({})
 
     def __new__(cls, *args: Any, backend: str = "auto", **kwargs: Any) -> "DiffusionForce":
         if cls is not DiffusionForce:
@@ -312,26 +355,18 @@ class DiffusionForce:
         return evaluator, topology.getPeriodicBoxVectors() is not None
 
     def parameter(self, name: str) -> str:
-        """Context parameter of ``"lambda"``, ``"noise"`` or ``"scale"``.
+        """Context parameter of ``"lambda"``, ``"noise"``, ``"scale"`` or ``"lambda_interpolate"``.
 
         Raises
         ------
         InputError
-            If the name is another.
+            If the name is another, or the force was not mixed with ``interpolate=True``.
         """
+        if name == INTERPOLATE and self.interpolated:
+            return INTERPOLATE
         if name not in (LAMBDA, NOISE, SCALE):
             raise InputError(f'parameter: expected "lambda", "noise" or "scale", found {name!r}.')
         return self.prefix + name
-
-    def energy_derivative(self, context: openmm.Context) -> float:
-        """dE/dlambda of this force [kJ/mol] at the state of ``context``, exact.
-
-        Raises
-        ------
-        NotConservativeError
-            If the model is a bare score.
-        """
-        raise NotImplementedError
 
     @property
     def conservative(self) -> bool:
@@ -352,6 +387,37 @@ class DiffusionForce:
                 "none; use it for dynamics alone, or fit a conservative model."
             )
 
+    def energy_derivative(self, context: openmm.Context, parameter: str = LAMBDA) -> float:
+        """dE/dparameter of this force alone [kJ/mol] at the state of ``context``, exact.
+
+        Parameters
+        ----------
+        context : openmm.Context
+        parameter : {"lambda", "lambda_interpolate"}
+            The latter for a force that :func:`mix` crosses over: c kT S, also at its value 0.
+
+        Raises
+        ------
+        InputError
+            For another parameter.
+        NotConservativeError
+            If the model is a bare score.
+        """
+        self.require_energy(f"dE/d{parameter}")
+        if parameter not in (LAMBDA, INTERPOLATE):
+            raise InputError(
+                f'parameter: expected "lambda" or "lambda_interpolate", found {parameter!r}; the '
+                "energy is linear in scale, and has no simple derivative in noise."
+            )
+        return self._derivative(context, self.parameter(parameter))
+
+    def _derivative(self, context: openmm.Context, name: str) -> float:
+        raise NotImplementedError
+
+    def _cross_over(self) -> None:
+        """Scale the energy with the context parameter ``lambda_interpolate`` as well."""
+        self.interpolated = True
+
     def check(self, context: openmm.Context) -> None:
         """Hold the force against the simulation that it is in.
 
@@ -360,8 +426,10 @@ class DiffusionForce:
         NotConservativeError
             If the model is a bare score and the System has a barostat.
         IncompatibleSystemError
-            If the temperature differs from the training temperature at noise > 0, or, in mode
-            "add", constraints, virtual sites or massless particles lie among the model's atoms.
+            If the temperature differs from the training temperature at noise > 0, if another
+            learned force in the System has the same prefix, if a CustomIntegrator asks for a
+            derivative that the backend does not give it, or, in mode "add", if constraints,
+            virtual sites or massless particles lie among the model's atoms.
         InputError
             If lambda or noise is outside its range.
 
@@ -383,22 +451,51 @@ class DiffusionForce:
             )
         if not 0 <= noise <= 1:
             raise InputError(f"{self.parameter(NOISE)}: expected a value in [0, 1], found {noise:g}.")
-        integrator = context.getIntegrator()
-        if hasattr(integrator, "getTemperature"):
-            kelvin = integrator.getTemperature().value_in_unit(unit.kelvin)
-            if abs(kelvin - self.artefact.temperature) > TEMPERATURE_TOLERANCE:
-                message = (
-                    f"the integrator runs at {kelvin:g} K, the model was trained at "
-                    f"{self.artefact.temperature:g} K"
+        kelvin = _bath_temperature(context)
+        if kelvin is not None and abs(kelvin - self.artefact.temperature) > TEMPERATURE_TOLERANCE:
+            message = (
+                f"the integrator runs at {kelvin:g} K, the model was trained at "
+                f"{self.artefact.temperature:g} K"
+            )
+            if noise > 0:
+                raise IncompatibleSystemError(
+                    f"{message}; a noised action has a meaning at its own temperature only: "
+                    "set the integrator's temperature, or noise to 0."
                 )
-                if noise > 0:
-                    raise IncompatibleSystemError(
-                        f"{message}; a noised action has a meaning at its own temperature only: "
-                        "set the integrator's temperature, or noise to 0."
-                    )
-                warnings.warn(f"{message}; its energy stays kT_train * S.", stacklevel=2)
+            warnings.warn(f"{message}; its energy stays kT_train * S.", stacklevel=2)
+        self._check_integrator(context.getIntegrator())
+        system = context.getSystem()
+        self._check_prefix(system)
         if self.mode == "add":
-            self._check_singular(context.getSystem())
+            self._check_singular(system)
+
+    def _check_integrator(self, integrator: openmm.Integrator) -> None:
+        if not isinstance(integrator, openmm.CustomIntegrator):
+            return
+        # What nobody declares a derivative of, OpenMM takes for constant.
+        silent = {self.parameter(n) for n in (LAMBDA, NOISE, SCALE) if n not in self._declared}
+        if self.interpolated and INTERPOLATE not in self._declared:
+            silent.add(INTERPOLATE)
+        for i in range(integrator.getNumComputations()):
+            expression = integrator.getComputationStep(i)[2]
+            asked = re.findall(r"deriv\(\s*energy\d*\s*,\s*(\w+)", expression)
+            if silent.intersection(asked):
+                raise IncompatibleSystemError(
+                    f"the CustomIntegrator computes {expression!r}, and OpenMM takes this force's part "
+                    f"of it for 0 with backend {self.backend!r}; deriv() works for lambda with "
+                    'backend="torchforce", energy_derivative(context) between steps with both.'
+                )
+
+    def _check_prefix(self, system: openmm.System) -> None:
+        name = self.parameter(LAMBDA)
+        sharing = sum(
+            1 for f in system.getForces() if force_type(f) in LEARNED_FORCES and name in _global_parameters(f)
+        )
+        if sharing > 1:
+            raise IncompatibleSystemError(
+                f"found {sharing} learned forces with the prefix {self.prefix!r} in one System; OpenMM "
+                "would drive them all with one set of parameters: give each its own prefix=..."
+            )
 
     def _check_singular(self, system: openmm.System) -> None:
         mine = {int(a) for a in self.atoms}
@@ -428,6 +525,21 @@ class DiffusionForce:
             "prefix": self.prefix,
             "backend": self.backend,
         }
+
+
+def _bath_temperature(context: openmm.Context) -> float | None:
+    """Temperature [K] of the integrator or Andersen's thermostat, if there is one to be seen."""
+    integrator = context.getIntegrator()
+    if isinstance(integrator, openmm.CompoundIntegrator):
+        integrator = integrator.getIntegrator(integrator.getCurrentIntegrator())
+    if hasattr(integrator, "getTemperature"):
+        return float(integrator.getTemperature().value_in_unit(unit.kelvin))
+    if isinstance(integrator, openmm.CustomIntegrator):
+        # The name that MTSLangevinIntegrator, aMD and openmmtools give it.
+        for i in range(integrator.getNumGlobalVariables()):
+            if integrator.getGlobalVariableName(i) == "kT":
+                return float(integrator.getGlobalVariable(i)) / MOLAR_GAS_CONSTANT
+    return dict(context.getParameters()).get(openmm.AndersenThermostat.Temperature())
 
 
 def force_from_manifest(
@@ -469,6 +581,183 @@ def force_from_manifest(
             f"{force.artefact.sha256[:12]}...; it was exported anew since the manifest was written."
         )
     return force
+
+
+def mix(
+    system: openmm.System,
+    topology: app.Topology,
+    force: DiffusionForce,
+    *,
+    mode: str = "replace",
+    interpolate: bool = False,
+    keep: Collection[int | str] | None = None,
+) -> openmm.System:
+    r"""A System in which a learned action replaces a molecule's classical interactions.
+
+    .. math:: U = U_{\mathrm{classical}} - U_{\mathrm{inside}} + c\, k_B T\, S
+        \qquad\text{or}\qquad
+        U = U_{\mathrm{classical}} - \mu\, U_{\mathrm{inside}} + \mu\, c\, k_B T\, S
+
+    ==========  =================================================  =========
+    symbol      code                                               unit
+    ==========  =================================================  =========
+    U_inside    ``remove_subset_terms(system, atoms).inside``      kJ/mol
+    c kT S      ``force``                                          kJ/mol
+    mu          context parameter ``lambda_interpolate``           1, default 1
+    ==========  =================================================  =========
+
+    All coupling to the rest of the System stays classical. With ``interpolate`` the System is
+    fully classical at ``lambda_interpolate`` = 0 and fully mixed at 1 (the meaning it has in
+    openmm-ml's ``createMixedSystem``).
+
+    Parameters
+    ----------
+    system : openmm.System
+        Of classical forces; it is not changed.
+    topology : openmm.app.Topology
+        Of ``system``.
+    force : DiffusionForce
+        With ``mode="add"``. The new System takes it over; ``force.replaced`` says afterwards what
+        was taken out for it.
+    mode : {"replace"}
+        To put an action on top of all classical terms, use ``system.addForce(force)``.
+    interpolate : bool
+        Cross over with ``lambda_interpolate``. The removed terms are then in a CustomCVForce in
+        force group ``constants.CLASSICAL_GROUP``; the learned force keeps its group.
+    keep : collection of int or str, optional
+        Classical forces, by index or name, that stay whole: restraints. See
+        :func:`openmm_diffforce.systems.remove_subset_terms`.
+
+    Returns
+    -------
+    openmm.System
+        Forces keep their indices; the learned force is the last.
+
+    Raises
+    ------
+    InputError
+        For arguments that do not fit, or a force that is in a System already.
+    ModelError
+        If the topology's atoms are not the model's molecule.
+    IncompatibleSystemError
+        If the terms inside cannot be taken out exactly: see
+        :func:`openmm_diffforce.systems.remove_subset_terms`; if the System is periodic and the
+        force is not; or, with ``interpolate``, if a force of the System uses
+        ``lambda_interpolate`` already or the removed terms declare parameter derivatives.
+
+    Notes
+    -----
+    dU/dmu: ``context.getState(parameterDerivatives=True)`` has it whole with the backend
+    torchforce; with the backend python it holds the classical part, and
+    ``force.energy_derivative(context, "lambda_interpolate")`` the learned one: add them.
+
+    The result holds a learned force, so it must not be copied or deserialized. Keep ``system`` and
+    ``force.manifest()``, and mix again. For a second molecule, apply ``remove_subset_terms`` for
+    it first, mix, and add its force to the result.
+
+    With a barostat start from whole molecules: OpenMM moves the atoms of one as they are stored.
+
+    Not checked: that classical and learned action describe the molecule in the same environment
+    (a model fitted in vacuum has no polarization by water).
+
+    Examples
+    --------
+    Hydrogen's spring gives way to an action that was fitted to snapshots of it.
+
+    >>> import tempfile
+    >>> from openmm_diffforce import MolecularGraph, PhysicalModel, VESchedule, export_artefact
+    >>> from openmm_diffforce.training import fit_base_action
+    >>> random = np.random.default_rng(0)
+    >>> x = np.array([[0, 0, 0], [0.074, 0, 0]]) + 0.003 * random.standard_normal((200, 2, 3))
+    >>> graph, schedule = MolecularGraph(("H", "H"), ((0, 1),)), VESchedule(0.02)
+    >>> fit = fit_base_action(x, graph, sigma_knots=(0.0, 0.02), generator=random, n_draws=1)
+    >>> topology, system, spring = app.Topology(), openmm.System(), openmm.HarmonicBondForce()
+    >>> residue = topology.addResidue("H2", topology.addChain())
+    >>> a, b = (topology.addAtom(n, app.element.hydrogen, residue) for n in ("H1", "H2"))
+    >>> _ = topology.addBond(a, b), system.addParticle(1.0), system.addParticle(1.0)
+    >>> _ = spring.addBond(0, 1, 0.074, 3e5), system.addForce(spring)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = folder + "/h2.diffforce"
+    ...     _ = export_artefact(
+    ...         PhysicalModel(fit.tables, None, schedule), path, graph=graph, schedule=schedule,
+    ...         temperature=300.0,
+    ...     )
+    ...     force = DiffusionForce(path, topology=topology)
+    >>> mixed = mix(system, topology, force)
+    >>> dict(force.replaced), mixed.getForce(0).getNumBonds(), system.getForce(0).getNumBonds()
+    ({'0 HarmonicBondForce': 1}, 0, 1)
+    """
+    if mode != "replace":
+        raise InputError(
+            f'mode: expected "replace", found {mode!r}; to add an action or operator on top of the '
+            "classical terms, use system.addForce(force)."
+        )
+    if not isinstance(force, DiffusionForce):
+        raise InputError(f"force: expected a DiffusionForce, found {type(force).__name__}.")
+    if force.mode != "add":
+        raise InputError(
+            'force: expected one with mode="add", found mode="operator", which is only the change of '
+            "an action and cannot replace a molecule's interactions."
+        )
+    if not force.thisown:  # type: ignore[attr-defined]
+        raise InputError("force: expected one that is in no System yet; build another for this System.")
+    check_topology(topology, system)
+    _matched_atoms(force.artefact, topology, [int(a) for a in force.atoms])
+    terms = remove_subset_terms(system, [int(a) for a in force.atoms], keep=keep)
+    if describe(system).periodic and not force.usesPeriodicBoundaryConditions():  # type: ignore[attr-defined]
+        raise IncompatibleSystemError(
+            "the System is periodic and the learned force is not; give the topology its box vectors "
+            "(topology.setPeriodicBoxVectors) before the force is built."
+        )
+    if interpolate:
+        force.require_energy("interpolate")
+        terms.system.addForce(_crossing_force(system, terms))
+        force._cross_over()
+    force.replaced = MappingProxyType(dict(terms.removed))
+    terms.system.addForce(force)
+    return terms.system
+
+
+def _crossing_force(system: openmm.System, terms: SubsetTerms) -> openmm.CustomCVForce:
+    """(1 - lambda_interpolate) times the energy of the removed terms."""
+    for force in system.getForces():
+        if INTERPOLATE in _global_parameters(force):
+            raise IncompatibleSystemError(
+                f"force {force.getName()}: uses the context parameter {INTERPOLATE} already; rename it."
+            )
+    for inside in terms.inside:
+        if getattr(inside, "getNumEnergyParameterDerivatives", lambda: 0)():
+            raise IncompatibleSystemError(
+                f"force {inside.getName()}: declares a derivative in "
+                f"{inside.getEnergyParameterDerivativeName(0)}, which would be wrong while its terms "
+                "are crossed over; mix with interpolate=False, or create it without."
+            )
+    if not terms.inside:
+        raise IncompatibleSystemError(
+            "interpolate: expected classical terms inside the molecule to cross over from, found none."
+        )
+    names = [f"u{k}" for k in range(len(terms.inside))]
+    crossing = openmm.CustomCVForce(f"(1-{INTERPOLATE})*({' + '.join(names)})")
+    for name, inside in zip(names, terms.inside, strict=True):
+        inside.setForceGroup(0)
+        crossing.addCollectiveVariable(name, inside)
+    crossing.addGlobalParameter(INTERPOLATE, 1.0)
+    crossing.addEnergyParameterDerivative(INTERPOLATE)
+    crossing.setForceGroup(CLASSICAL_GROUP)
+    crossing.setName("classical terms crossed over")
+    return crossing
+
+
+def _global_parameters(force: openmm.Force) -> set[str]:
+    """Names of the context parameters that a force from a System defines."""
+    if isinstance(force, openmm.PythonForce):
+        return set(force.getGlobalParameters())
+    if type(force) is openmm.Force and available_backends()["torchforce"] == "ok":
+        torchforce = _load_openmmtorch().TorchForce
+        if torchforce.isinstance(force):
+            force = torchforce.cast(force)
+    n = force.getNumGlobalParameters() if hasattr(force, "getNumGlobalParameters") else 0
+    return {force.getGlobalParameterName(i) for i in range(n)}
 
 
 def available_backends() -> dict[str, str]:
@@ -582,10 +871,14 @@ class _PythonDiffusionForce(DiffusionForce, openmm.PythonForce):
         self.setForceGroup(LEARNED_GROUP)
         self.setName("DiffusionForce")
 
-    def energy_derivative(self, context: openmm.Context) -> float:
-        self.require_energy("dE/dlambda")
+    def _derivative(self, context: openmm.Context, name: str) -> float:
         state = context.getState(positions=True, parameters=True)
-        return self._computation.fields(state, whole_system=True)[2]
+        _, _, d_lam, d_interpolate = self._computation.fields(state, whole_system=True)
+        return d_interpolate if name == INTERPOLATE else d_lam
+
+    def _cross_over(self) -> None:
+        super()._cross_over()
+        self._computation.interpolate = True
 
 
 _TORCHFORCE_CLASS: type[DiffusionForce] | None = None
@@ -602,6 +895,7 @@ def _torchforce_class() -> type[DiffusionForce]:
         """DiffusionForce on openmm-torch's TorchForce."""
 
         backend = "torchforce"
+        _declared = frozenset({LAMBDA, INTERPOLATE})
 
         def __init__(
             self, path: str | os.PathLike[str], *, topology: app.Topology,
@@ -621,10 +915,14 @@ def _torchforce_class() -> type[DiffusionForce]:
             self.setForceGroup(LEARNED_GROUP)
             self.setName("DiffusionForce")
 
-        def energy_derivative(self, context: openmm.Context) -> float:
-            self.require_energy("dE/dlambda")
+        def _derivative(self, context: openmm.Context, name: str) -> float:
             state = context.getState(parameterDerivatives=True, groups={self.getForceGroup()})
-            return float(state.getEnergyParameterDerivatives()[self.parameter(LAMBDA)])
+            return float(state.getEnergyParameterDerivatives()[name])
+
+        def _cross_over(self) -> None:
+            super()._cross_over()
+            self.addGlobalParameter(INTERPOLATE, 1.0)
+            self.addEnergyParameterDerivative(INTERPOLATE)
 
     _TORCHFORCE_CLASS = _TorchDiffusionForce
     return _TORCHFORCE_CLASS

@@ -5,8 +5,11 @@ cannot be deserialized by OpenMM, so it is refused by name instead of crashing.
 """
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Sequence
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -331,6 +334,345 @@ def _default_box(system: mm.System) -> FloatArray:
     return np.array([list(v.value_in_unit(unit.nanometer)) for v in vectors])
 
 
+FLAT_BOTTOM_TORSION = "flat-bottom torsion"
+"""Name of the force that :func:`add_flat_bottom_torsion` adds."""
+
+CONNECTIVITY = "connectivity of removed bonds"
+"""Name of the force that :func:`remove_subset_terms` leaves behind."""
+
+# Bonded forces: what their terms are called in OpenMM's XML.
+_BONDED_TERMS = {
+    "HarmonicBondForce": "Bonds",
+    "HarmonicAngleForce": "Angles",
+    "PeriodicTorsionForce": "Torsions",
+    "RBTorsionForce": "Torsions",
+    "CMAPTorsionForce": "Torsions",
+    "CustomBondForce": "Bonds",
+    "CustomAngleForce": "Angles",
+    "CustomTorsionForce": "Torsions",
+    "CustomCompoundBondForce": "Bonds",
+}
+
+# One-particle terms are a field that the molecule sits in, not an interaction inside it.
+_FIELDS = frozenset({"CustomExternalForce"})
+
+_PERIODIC_METHODS = frozenset(
+    {mm.NonbondedForce.CutoffPeriodic, mm.NonbondedForce.Ewald, mm.NonbondedForce.PME}
+)
+
+
+@dataclass(frozen=True)
+class SubsetTerms:
+    """A System taken apart: see :func:`remove_subset_terms`.
+
+    Attributes
+    ----------
+    system : openmm.System
+        Without the terms inside the subset. Forces keep their indices; a last one without
+        energy, named :data:`CONNECTIVITY`, tells OpenMM which atoms are one molecule.
+    inside : tuple of openmm.Force
+        The removed terms. The energy of ``system`` plus theirs is that of the original.
+    removed : dict of str to int
+        How many terms were taken out of each force, by ``"<index> <name>"``.
+    """
+
+    system: mm.System
+    inside: tuple[mm.Force, ...]
+    removed: dict[str, int]
+
+
+def remove_subset_terms(
+    system: mm.System, atoms: Sequence[int], *, keep: Collection[int | str] | None = None
+) -> SubsetTerms:
+    r"""Take the classical interactions inside an atom subset out of a System, exactly.
+
+    .. math:: U(x) = U_{\mathrm{rest}}(x) + U_{\mathrm{inside}}(x_{\mathrm{subset}})
+
+    ===================================  ====================================================
+    force                                what is inside
+    ===================================  ====================================================
+    harmonic bond and angle, periodic    terms all of whose atoms are in the subset
+    and RB torsion, CMAP
+    NonbondedForce                       pairs and 1-4 pairs in the subset; they become
+                                         exclusions. With Ewald and PME the pair's reciprocal
+                                         part goes too, its periodic images stay
+    CustomNonbondedForce                 pairs in the subset (and in its interaction groups)
+    custom bond, angle, torsion,         terms all of whose atoms are in the subset; ``keep``
+    compound bond                        must say what they are
+    CustomExternalForce                  nothing: a field from outside
+    thermostats, barostats, removal of   nothing
+    centre-of-mass motion
+    implicit solvent, centroid bonds,    cannot be divided: refused, unless in ``keep``
+    RMSD, collective variables
+    ===================================  ====================================================
+
+    Terms that cross the boundary stay, and so does the long-range dispersion correction: it
+    averages over all pairs of the box beyond the cutoff and does not know exclusions.
+
+    Parameters
+    ----------
+    system : openmm.System
+        Of classical forces; not changed.
+    atoms : sequence of int
+        The subset.
+    keep : collection of int or str, optional
+        Forces, by index or by name, that are left whole: restraints. A custom bonded term may be
+        the molecule's physics (CHARMM's impropers) or a restraint on it, so without ``keep`` a
+        System that has such terms inside is refused; ``keep=[]`` removes them all. What
+        :func:`add_flat_bottom_torsion` added always stays.
+
+    Returns
+    -------
+    SubsetTerms
+
+    Raises
+    ------
+    IncompatibleSystemError
+        For learned, unknown or indivisible forces, LJPME, parameter offsets on the subset, custom
+        bonded terms of unknown purpose, and constrained, massless or virtual atoms in the subset
+        or virtual sites that ride on it.
+    InputError
+        For atoms or entries of ``keep`` that the System does not have.
+
+    Notes
+    -----
+    With a periodic NonbondedForce its exceptions use periodic distances afterwards. For whole
+    molecules that changes nothing; for wrapped ones the exclusions stay right. Not checked: that
+    the subset is smaller than half the box.
+
+    Examples
+    --------
+    >>> from openmm_diffforce.alanine import alanine_dipeptide
+    >>> _, x, system = alanine_dipeptide()
+    >>> terms = remove_subset_terms(system, range(22))
+    >>> terms.removed["0 HarmonicBondForce"], float(potential_energies(terms.system, x)[0])
+    (21, 0.0)
+    """
+    require_classical(system)
+    chosen = _check_subset(system, atoms)
+    kept = _kept_forces(system, keep)
+    forces: list[mm.Force] = []
+    inside: list[mm.Force] = []
+    removed: dict[str, int] = {}
+    bonds: list[tuple[int, ...]] = []
+    for i, force in enumerate(system.getForces()):
+        name = force_type(force)
+        label = f"{i} {force.getName()}"
+        if i in kept or name in BOOKKEEPING_FORCES or name in _FIELDS:
+            forces.append(copy.deepcopy(force))
+            continue
+        if name == "NonbondedForce":
+            rest, out, n = _split_nonbonded(force, chosen, label)
+        elif name == "CustomNonbondedForce":
+            rest, out, n = _split_custom_nonbonded(force, chosen)
+        elif name in _BONDED_TERMS:
+            rest, out, terms = _split_bonded(force, chosen)
+            n = len(terms)
+            if n and name.startswith("Custom") and keep is None:
+                raise IncompatibleSystemError(
+                    f"force {label} ({name}): has {n} terms inside the subset, which may be the "
+                    "molecule's own interactions or a restraint on it; say which: "
+                    f"keep=[{i}] leaves the force as it is, keep=[] removes the terms."
+                )
+            bonds += [t for t in terms if len(t) == 2]
+        else:
+            raise IncompatibleSystemError(
+                f"force {label} ({name}): cannot be divided into terms inside and outside a "
+                f"subset; remove it from the System, or leave it whole with keep=[{i}], which is "
+                "right for a restraint, and for a solvent model that the learned action lacks."
+            )
+        forces.append(rest)
+        inside += out
+        if n:
+            removed[label] = n
+    out_system = clone_system(system)
+    for i in reversed(range(out_system.getNumForces())):
+        out_system.removeForce(i)
+    for force in forces:
+        out_system.addForce(force)
+    if bonds:
+        # Barostats and wrapping look at bonds to see what a molecule is.
+        connectivity = mm.HarmonicBondForce()
+        connectivity.setName(CONNECTIVITY)
+        for a, b in bonds:
+            connectivity.addBond(a, b, 0.0, 0.0)
+        out_system.addForce(connectivity)
+    return SubsetTerms(system=out_system, inside=tuple(inside), removed=removed)
+
+
+def _check_subset(system: mm.System, atoms: Sequence[int]) -> set[int]:
+    n = system.getNumParticles()
+    idx = np.asarray(atoms)
+    if idx.ndim != 1 or idx.size == 0 or not np.issubdtype(idx.dtype, np.integer):
+        raise InputError(f"atoms: expected a list of indices, found {atoms!r}.")
+    chosen = {int(a) for a in idx}
+    if len(chosen) != idx.size or min(chosen) < 0 or max(chosen) >= n:
+        raise InputError(f"atoms: expected different indices in [0, {n}), found {sorted(idx.tolist())}.")
+    require_unconstrained(system, sorted(chosen))
+    for v in virtual_sites(system):
+        site = system.getVirtualSite(v)
+        if chosen & {site.getParticle(k) for k in range(site.getNumParticles())}:
+            raise IncompatibleSystemError(
+                f"virtual site {v}: rides on atoms of the subset, and carries part of their "
+                "interactions; use a force field without it for this molecule."
+            )
+    return chosen
+
+
+def _kept_forces(system: mm.System, keep: Collection[int | str] | None) -> set[int]:
+    forces = list(system.getForces())
+    kept = {i for i, f in enumerate(forces) if f.getName() == FLAT_BOTTOM_TORSION}
+    if isinstance(keep, str | int):
+        keep = [keep]
+    for entry in keep if keep is not None else ():
+        # Equal, not converted: 1.5 is no index.
+        found = {i for i, f in enumerate(forces) if entry in (i, f.getName())}
+        if not found:
+            raise InputError(
+                f"keep: expected indices or names of the System's forces, found {entry!r}; it has "
+                f"{', '.join(f'{i} {f.getName()}' for i, f in enumerate(forces))}."
+            )
+        kept |= found
+    return kept
+
+
+def _split_bonded(
+    force: mm.Force, chosen: set[int]
+) -> tuple[mm.Force, list[mm.Force], list[tuple[int, ...]]]:
+    """The force without and with nothing but its terms inside, and the atoms of those.
+
+    Through OpenMM's own XML, because most forces have no method that removes a term, and because
+    it keeps everything else of them, numbers to the last bit.
+    """
+    text = mm.XmlSerializer.serialize(force)
+    roots = [ET.fromstring(text) for _ in range(2)]
+    tag = _BONDED_TERMS[force_type(force)]
+    found: list[tuple[int, ...]] = []
+    for is_inside, root in enumerate(roots):
+        terms = root.find(tag)
+        assert terms is not None  # OpenMM writes the list even if it is empty
+        for term in list(terms):
+            atoms = tuple(int(v) for k, v in term.attrib.items() if re.fullmatch(r"[pab]\d+", k))
+            if chosen.issuperset(atoms) != bool(is_inside):
+                terms.remove(term)
+            elif is_inside:
+                found.append(atoms)
+    rest, inside = (mm.XmlSerializer.deserialize(ET.tostring(r, encoding="unicode")) for r in roots)
+    return rest, [inside] if found else [], found
+
+
+def _split_nonbonded(
+    force: mm.NonbondedForce, chosen: set[int], label: str
+) -> tuple[mm.Force, list[mm.Force], int]:
+    """Pairs inside become exclusions; their energy, as this force computes it, CustomBondForces."""
+    method = force.getNonbondedMethod()
+    if method == mm.NonbondedForce.LJPME or not force.getIncludeDirectSpace():
+        raise IncompatibleSystemError(
+            f"force {label}: with LJPME, or without direct space, an exclusion does not take a pair "
+            "out exactly; create the System with PME."
+        )
+    rows = [[float(v._value) for v in force.getParticleParameters(i)] for i in range(force.getNumParticles())]
+    known = {}
+    for i in range(force.getNumExceptions()):
+        a, b, *values = force.getExceptionParameters(i)
+        if a in chosen and b in chosen:
+            known[min(a, b), max(a, b)] = (i, [float(v._value) for v in values])
+    offset = {force.getParticleParameterOffset(i)[1] for i in range(force.getNumParticleParameterOffsets())}
+    own = {i for i, _ in known.values()}
+    pair_offset = {
+        force.getExceptionParameterOffset(i)[1] for i in range(force.getNumExceptionParameterOffsets())
+    }
+    if offset & chosen or pair_offset & own:
+        raise IncompatibleSystemError(
+            f"force {label}: has parameter offsets on atoms of the subset, so that its pairs depend on "
+            "a context parameter; set the charges and Lennard-Jones parameters that are wanted."
+        )
+    rest = copy.deepcopy(force)
+    periodic = method in _PERIODIC_METHODS
+    if periodic:
+        rest.setExceptionsUsePeriodicBoundaryConditions(True)
+    pairs, bonded = _pair_force(force), mm.CustomBondForce(f"qq/r + {_LJ}")
+    bonded.setUsesPeriodicBoundaryConditions(rest.getExceptionsUsePeriodicBoundaryConditions())
+    for out in (pairs, bonded):
+        out.setForceGroup(force.getForceGroup())
+        for name in ("qq", "sigma", "epsilon"):
+            out.addPerBondParameter(name)
+    n = 0
+    order = sorted(chosen)
+    for k, a in enumerate(order):
+        for b in order[k + 1 :]:
+            if (a, b) in known:
+                i, (qq, sigma, eps) = known[a, b]
+                rest.setExceptionParameters(i, a, b, 0.0, sigma, 0.0)
+                out = bonded
+            else:
+                qq = rows[a][0] * rows[b][0]
+                sigma = 0.5 * (rows[a][1] + rows[b][1])
+                eps = math.sqrt(rows[a][2] * rows[b][2])
+                rest.addException(a, b, 0.0, sigma, 0.0)
+                out = pairs
+            if qq != 0.0 or eps != 0.0:
+                out.addBond(a, b, [coulomb_constant() * qq, sigma, eps])
+                n += 1
+    return rest, [f for f in (pairs, bonded) if f.getNumBonds()], n
+
+
+_LJ = "4*epsilon*((sigma/r)^12 - (sigma/r)^6)"
+
+
+def _pair_force(force: mm.NonbondedForce) -> mm.CustomBondForce:
+    """The energy of one pair under this force's cutoff, as a bond."""
+    method = force.getNonbondedMethod()
+    rc = float(force.getCutoffDistance()._value)
+    lj = _LJ
+    if method == mm.NonbondedForce.NoCutoff:
+        coulomb = "qq/r"
+    else:
+        if force.getUseSwitchingFunction():
+            rs = float(force.getSwitchingDistance()._value)
+            lj = f"switch*{lj}; switch=1 + step(u)*u^3*(-10 + u*(15 - 6*u)); u=(r - {rs!r})/{rc - rs!r}"
+        lj = f"step({rc!r} - r)*{lj}"
+        if method in (mm.NonbondedForce.Ewald, mm.NonbondedForce.PME):
+            # Within the cutoff the direct and reciprocal parts are all of qq/r; beyond it the
+            # direct part was missing.
+            alpha = float(force.getPMEParameters()[0]._value)
+            if alpha == 0.0:
+                alpha = math.sqrt(-math.log(2.0 * force.getEwaldErrorTolerance())) / rc
+            coulomb = f"qq/r*(1 - step(r - {rc!r})*erfc({alpha!r}*r))"
+        else:
+            dielectric = float(force.getReactionFieldDielectric())
+            k = (dielectric - 1.0) / (2.0 * dielectric + 1.0) / rc**3
+            c = 3.0 * dielectric / (2.0 * dielectric + 1.0) / rc
+            coulomb = f"step({rc!r} - r)*qq*(1/r + {k!r}*r^2 - {c!r})"
+    out = mm.CustomBondForce(f"{coulomb} + {lj}")
+    out.setUsesPeriodicBoundaryConditions(method in _PERIODIC_METHODS)
+    return out
+
+
+def _split_custom_nonbonded(
+    force: mm.CustomNonbondedForce, chosen: set[int]
+) -> tuple[mm.Force, list[mm.Force], int]:
+    """Pairs inside become exclusions; the same force on an interaction group holds their energy."""
+    rest, inside = copy.deepcopy(force), copy.deepcopy(force)
+    inside.setUseLongRangeCorrection(False)  # an average over the box, which stays where it was
+    known = {frozenset(force.getExclusionParticles(i)) for i in range(force.getNumExclusions())}
+    groups = [force.getInteractionGroupParameters(i) for i in range(force.getNumInteractionGroups())]
+    mine = [(set(a) & chosen, set(b) & chosen) for a, b in groups]
+    for i, (left, right) in enumerate(mine):
+        inside.setInteractionGroupParameters(i, left, right)
+    if not groups:
+        mine = [(chosen, chosen)]
+        inside.addInteractionGroup(chosen, chosen)
+    n = 0
+    order = sorted(chosen)
+    for k, a in enumerate(order):
+        for b in order[k + 1 :]:
+            if frozenset((a, b)) not in known:
+                rest.addExclusion(a, b)
+                n += any((a in one and b in two) or (b in one and a in two) for one, two in mine)
+    return rest, [inside] if n else [], n
+
+
 def default_platform(n_particles: int) -> str:
     """Platform that is fastest for a System of this size on a CPU.
 
@@ -507,6 +849,19 @@ def evaluate_frames(
     return energies, forces_nad, slopes
 
 
+@functools.cache
+def coulomb_constant() -> float:
+    """1/(4 pi eps_0) [kJ nm/mol/e^2] exactly as this OpenMM has it, read off two unit charges."""
+    system = mm.System()
+    force = mm.NonbondedForce()
+    for _ in range(2):
+        system.addParticle(1.0)
+        force.addParticle(1.0, 1.0, 0.0)
+    system.addForce(force)
+    x = np.array([[[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])
+    return float(evaluate_frames(system, x)[0][0])
+
+
 def declared_derivatives(system: mm.System) -> set[str]:
     """Context parameters that some force declares an energy derivative of.
 
@@ -624,33 +979,8 @@ def add_flat_bottom_torsion(
     centre = (math.radians(centre_deg) + math.pi) % (2 * math.pi) - math.pi
     force.addTorsion(*idx, [float(stiffness), centre, math.radians(half_width_deg)])
     force.setForceGroup(RESTRAINT_GROUP)
-    force.setName("flat-bottom torsion")
+    force.setName(FLAT_BOTTOM_TORSION)
     return int(system.addForce(force))
-
-
-def bare_system(system: mm.System) -> mm.System:
-    """The particles and the restraints of a System, without any of its interactions.
-
-    A restraint is a force in group :data:`~openmm_diffforce.constants.RESTRAINT_GROUP`.
-
-    Examples
-    --------
-    >>> import openmm
-    >>> system = openmm.System()
-    >>> _ = system.addParticle(12.0), system.addForce(openmm.NonbondedForce())
-    >>> bare = bare_system(system)
-    >>> bare.getNumParticles(), bare.getNumForces()
-    (1, 0)
-    """
-    _check_system(system)
-    out = mm.System()
-    for atom in range(system.getNumParticles()):
-        out.addParticle(system.getParticleMass(atom))
-    out.setDefaultPeriodicBoxVectors(*system.getDefaultPeriodicBoxVectors())
-    for force in system.getForces():
-        if force.getForceGroup() == RESTRAINT_GROUP:
-            out.addForce(mm.XmlSerializer.clone(force))
-    return out
 
 
 def seed_to_int32(rng: np.random.Generator) -> int:
@@ -681,7 +1011,7 @@ def check_topology(topology: Any, system: mm.System) -> None:
             f"topology: expected an openmm.app.Topology, found {type(topology).__name__}; an "
             "mdtraj topology converts with .to_openmm()."
         )
-    if topology.getNumAtoms() != system.getNumParticles():
+    if topology.getNumAtoms() != _check_system(system).getNumParticles():
         raise InputError(
             f"topology: expected {system.getNumParticles()} atoms as in the System, found "
             f"{topology.getNumAtoms()}."

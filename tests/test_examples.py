@@ -29,7 +29,7 @@ def run(folder: Path, name: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_three_examples(tmp_path: Path) -> None:
+def test_the_four_examples(tmp_path: Path) -> None:
     out = run(tmp_path, "01_learned_force.py", "--frames", "200", "--steps", "100")
     assert "dE/dlambda learned" in out
     # The learned derivative is the force field's, to a few percent, from 200 frames already.
@@ -42,6 +42,16 @@ def test_the_three_examples(tmp_path: Path) -> None:
     out = run(tmp_path, "03_analyse.py", "example_02", "--min-samples", "1")
     assert out.count("MBAR") == 2
     assert (tmp_path / "example_02" / "phi_psi.png").exists()
+    out = run(
+        tmp_path, "04_replace_interactions.py", "example_01/alanine.diffforce", "--waters", "6",
+        "--steps", "400",
+    )  # fmt: skip
+    assert "taken out of 2 NonbondedForce: 174 terms" in out
+    # The learned action follows the classical one through the run, from 200 frames already.
+    classical, difference = (
+        float(out.split(w)[1].split()[2]) for w in ("inside, classical:", "- classical:")
+    )
+    assert difference < classical
 
 
 def test_a_model_of_your_own(tmp_path: Path) -> None:
