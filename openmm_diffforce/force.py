@@ -375,6 +375,11 @@ class DiffusionForce:
         ------
         InputError
             For another parameter.
+
+        Notes
+        -----
+        With the backend torchforce no other force that declares the parameter may be in this
+        force's group: OpenMM reports the sum of a group.
         """
         if parameter not in (LAMBDA, INTERPOLATE):
             raise InputError(
@@ -401,7 +406,7 @@ class DiffusionForce:
             derivative that the backend does not give it, or, in mode "add", if constraints,
             virtual sites or massless particles lie among the model's atoms.
         InputError
-            If lambda or noise is outside its range.
+            If lambda, noise or lambda_interpolate is outside its range.
 
         Warns
         -----
@@ -418,6 +423,11 @@ class DiffusionForce:
             )
         if not 0 <= noise <= 1:
             raise InputError(f"{self.parameter(NOISE)}: expected a value in [0, 1], found {noise:g}.")
+        if self.interpolated and not 0 <= context.getParameter(INTERPOLATE) <= 1:
+            raise InputError(
+                f"{INTERPOLATE}: expected a value in [0, 1], 0 classical and 1 learned, found "
+                f"{context.getParameter(INTERPOLATE):g}."
+            )
         kelvin = _bath_temperature(context)
         if kelvin is not None and abs(kelvin - self.artefact.temperature) > TEMPERATURE_TOLERANCE:
             message = (
@@ -621,6 +631,9 @@ def mix(
     The result holds a learned force, so it must not be copied or deserialized. Keep ``system`` and
     ``force.manifest()``, and mix again. For a second molecule, apply ``remove_subset_terms`` for
     it first, mix, and add its force to the result.
+
+    Classical terms are not noised: at noise > 0 the mixed energy is a smoothed Hamiltonian, and
+    free energies of the molecule in its surroundings mean something at noise = 0 only.
 
     With a barostat start from whole molecules: OpenMM moves the atoms of one as they are stored.
 

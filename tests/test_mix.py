@@ -785,7 +785,12 @@ def test_crossing_over(learned: Callable[..., DiffusionForce], backend: str) -> 
         assert slope == pytest.approx(inside, rel=1e-9)
         assert_parameter_derivative(context, INTERPOLATE, slope)
     assert force.parameter(INTERPOLATE) == INTERPOLATE
+    for outside in (-0.1, 1.1, math.nan):
+        context.setParameter(INTERPOLATE, outside)
+        with pytest.raises(InputError, match="lambda_interpolate: expected"):
+            force.check(context)
     context.setParameter(INTERPOLATE, 0.4)
+    force.check(context)
     context.setParameter("a_lambda", 0.6)
     assert_parameter_derivative(context, "a_lambda", force.energy_derivative(context))
     assert_forces_match_energy(context, atoms=[0, 8, 15, 30])
