@@ -16,7 +16,7 @@ import numpy as np
 import openmm
 import torch
 
-from openmm_diffforce import analysis, demo
+from openmm_diffforce import analysis, demo, project
 from openmm_diffforce.alanine import TEMPERATURE, alanine_case
 from openmm_diffforce.artefact import load_artefact
 from openmm_diffforce.config import DemoSettings
@@ -34,7 +34,7 @@ SETTINGS = DemoSettings(
     n_frames=3000,
     n_test=3000,
     interval=500,
-    window_frames=1000,
+    window_frames=1500,
     window_interval=500,
     base_frames=400,
     base_interval=500,
@@ -142,7 +142,7 @@ def fields(out: Path) -> dict:
                 row = {"sigma_nm": sigma, "end": end, "method": method, "reference_noise": noise}
                 for name, value in zip(("score", "operator", "operator_gradient"), got, strict=True):
                     want = getattr(truth, name)
-                    row[name] = demo.r_squared(value, want)
+                    row[name] = project.r_squared(value, want)
                     miss = ((value - want) ** 2).reshape(N_Y, -1).sum(axis=1)
                     total = ((want - want.mean()) ** 2).reshape(N_Y, -1).sum(axis=1)
                     resampled = 1 - miss[draws].sum(axis=1) / total[draws].sum(axis=1)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .force import force_from_manifest as force_from_manifest
     from .force import mix as mix
     from .models.action import ActionModel as ActionModel
+    from .models.action import AutogradAction as AutogradAction
+    from .models.action import ScoreModel as ScoreModel
+    from .models.action import model_fields as model_fields
+    from .models.examine import examine_model as examine_model
     from .models.graph import MolecularGraph as MolecularGraph
     from .models.physics import PhysicalModel as PhysicalModel
     from .schedule import VESchedule as VESchedule
@@ -30,14 +34,17 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ActionModel": "models.action",
+    "AutogradAction": "models.action",
     "DiffForceError": "errors",
     "DiffusionForce": "force",
     "EndStatePair": "alchemy",
     "MolecularGraph": "models.graph",
     "PhysicalModel": "models.physics",
+    "ScoreModel": "models.action",
     "VESchedule": "schedule",
     "VPSchedule": "schedule",
     "alanine_case": "alanine",
+    "examine_model": "models.examine",
     "export_artefact": "artefact",
     "fit_physical_model": "training",
     "force_from_manifest": "force",
@@ -45,6 +52,7 @@ _HOME = {
     "lambda_states": "alchemy",
     "load_artefact": "artefact",
     "mix": "force",
+    "model_fields": "models.action",
     "run_windows": "windows",
 }
 

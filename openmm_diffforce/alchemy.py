@@ -160,6 +160,34 @@ class EndStatePair:
         """Atoms in constraints: a base action over them is refused, an operator may see them."""
         return constrained_atoms(self.system_0)
 
+    @property
+    def perturbed_atoms(self) -> tuple[int, ...]:
+        """Atoms whose own nonbonded parameters differ between the end states: the operator's sites.
+
+        Raises
+        ------
+        IncompatibleSystemError
+            If anything else differs (bonded terms, other forces), or nothing does: then the sites
+            of a pair operator do not follow from the Systems.
+        """
+        found: set[int] = set()
+        for force_0, force_1 in _matched_forces(self.system_0, self.system_1):
+            if force_0 is None or force_1 is None or force_type(force_0) != "NonbondedForce":
+                if force_0 and force_1 and _equal(force_0, force_1):
+                    continue
+                raise IncompatibleSystemError(
+                    "end states: the sites of the perturbation follow from NonbondedForce alone, and "
+                    f"{force_type(force_0 or force_1)} differs too; say which atoms are its sites."
+                )
+            for i in range(self.n_atoms):
+                if force_0.getParticleParameters(i) != force_1.getParticleParameters(i):
+                    found.add(i)
+        if not found:
+            raise IncompatibleSystemError(
+                "end states: no atom's nonbonded parameters differ; are the two Systems the same?"
+            )
+        return tuple(sorted(found))
+
     def reduced_potentials(
         self, x_nad: Any, *, box: Any = None, platform: str | None = "Reference"
     ) -> FloatArray:
@@ -306,6 +334,10 @@ def _matched_forces(
                     break
     pairs += [(f, None) for f in left] + [(None, f) for f in right]
     return pairs
+
+
+def _equal(force_0: mm.Force, force_1: mm.Force) -> bool:
+    return bool(mm.XmlSerializer.serialize(force_0) == mm.XmlSerializer.serialize(force_1))
 
 
 def _mix_forces(force_0: mm.Force | None, force_1: mm.Force | None, parameter: str) -> list[mm.Force]:

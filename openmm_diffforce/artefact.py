@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import __version__, ops
 from .errors import InputError, ModelError
+from .models.action import ActionModel, AutogradAction
+from .models.examine import Examination, examine_model
 from .models.graph import MolecularGraph
 from .schedule import NoiseSchedule, schedule_from_json
 from .units import thermal_energy, to_md
@@ -83,13 +86,17 @@ def export_artefact(
     temperature: Any,
     training: dict[str, Any] | None = None,
     lambda_range: Sequence[float] = (0.0, 1.0),
+    frames: Any = None,
 ) -> str:
-    """Write a model to one file.
+    """Write a model to one file, after an examination.
 
     Parameters
     ----------
-    model : ActionModel
-        Compiled with ``torch.jit.script``; must have ``forward`` and ``fields``.
+    model : torch.nn.Module
+        An :class:`~openmm_diffforce.models.action.ActionModel` with ``fields``, a
+        :class:`~openmm_diffforce.models.action.ScoreModel`, or any module with the signature of
+        the action, which is wrapped in :class:`~openmm_diffforce.models.action.AutogradAction`.
+        Compiled with ``torch.jit.script``.
     path : path-like
         Written to a temporary name beside it and renamed.
     graph : MolecularGraph
@@ -100,6 +107,10 @@ def export_artefact(
         JSON-ready record of the fit.
     lambda_range : pair of float
         Lambda values the model is valid for.
+    frames : float array [n_frames, n_atoms, 3], optional
+        Equilibrium frames of the base state [nm] on which the model is examined (units too);
+        without them it is examined at a made-up geometry. What was found is kept in the file
+        (``metadata["examination"]``).
 
     Returns
     -------
@@ -109,20 +120,26 @@ def export_artefact(
     Raises
     ------
     ModelError
-        If the model does not compile, or a trial evaluation gives another shape or NaN.
+        If the model does not compile, gives another shape or NaN, is not invariant under
+        translation and rotation, or mixes the frames of a batch.
+    NotConservativeError
+        If its gradient is not the derivative of its action.
     InputError
-        If the metadata is not JSON.
+        If the metadata is not JSON, or the frames are unusable.
     """
     from openmm import unit
 
     thermal_energy(temperature)
     path = Path(path)
+    if getattr(type(model), "fields", ActionModel.fields) is ActionModel.fields:
+        model = AutogradAction(model, has_operator=bool(getattr(model, "has_operator", True)))
     try:
         script = torch.jit.script(model.eval())
     except Exception as err:
         raise ModelError(
             f"export: expected a model that compiles in TorchScript, found {type(model).__name__} "
-            f"which does not ({type(err).__name__}: {str(err).splitlines()[0]})."
+            f"which does not ({_compiler_says(err)}); write it in TorchScript's part of Python, or "
+            "pass it through torch.jit.trace first."
         ) from err
     if not hasattr(script, "fields"):
         raise ModelError(
@@ -134,7 +151,7 @@ def export_artefact(
     if len(dtypes) > 1:
         raise ModelError(f"export: expected one floating-point dtype in the model, found {dtypes}.")
     dtype = dtypes.pop() if dtypes else torch.float64
-    _trial(script, graph.n_atoms, dtype)
+    examination = _examine(script, graph, frames)
     metadata = {
         "format_version": FORMAT_VERSION,
         "units": _UNITS,
@@ -146,7 +163,8 @@ def export_artefact(
         "temperature": float(to_md(temperature, unit.kelvin)),
         "lambda_range": [float(v) for v in lambda_range],
         "dtype": str(dtype).removeprefix("torch."),
-        "conservative": True,
+        "conservative": bool(getattr(model, "conservative", True)),
+        "examination": examination.to_dict(),
         "modes": ["add", "operator"] if bool(getattr(model, "has_operator", True)) else ["add"],
         "versions": {"openmm_diffforce": __version__, "torch": torch.__version__,
                      "python": platform.python_version()},
@@ -177,23 +195,49 @@ def export_artefact(
     return digest
 
 
-def _trial(script: torch.jit.ScriptModule, n_atoms: int, dtype: torch.dtype) -> None:
-    """One evaluation at a made-up geometry: shapes and finiteness of what the contract names."""
-    x = torch.linspace(0.0, 1.0, 2 * n_atoms * 3, dtype=dtype).sin().reshape(2, n_atoms, 3)
-    zero = torch.zeros(2, dtype=dtype)
-    try:
-        action, gradient, operator = script.fields(x, zero, zero)
-    except Exception as err:
-        raise ModelError(
-            "export: expected fields(x, t, lam) -> (S, dS/dx, dS/dlam) to run on frames "
-            f"[2, {n_atoms}, 3]; it failed: {err}"
-        ) from err
-    for name, value, shape in (("S", action, (2,)), ("dS/dx", gradient, (2, n_atoms, 3)),
-                               ("dS/dlam", operator, (2,))):  # fmt: skip
-        if tuple(value.shape) != shape:
-            raise ModelError(f"export: expected {name} of shape {shape}, found {tuple(value.shape)}.")
-        if not torch.isfinite(value).all():
-            raise ModelError(f"export: {name} is not finite at a finite geometry; mend the model.")
+def _compiler_says(err: Exception) -> str:
+    """TorchScript's complaint in one line: what, and at which line of the user's source."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    where = next((line for line in lines if line.startswith("File ")), "")
+    code = [lines[k - 1] for k, line in enumerate(lines) if "<--- HERE" in line and k > 0]
+    return " ".join([f"{type(err).__name__}: {lines[0] if lines else ''}", where, *code[:1]]).strip()
+
+
+def _examine(script: torch.jit.ScriptModule, graph: MolecularGraph, frames: Any) -> Examination:
+    """What the examination says of the compiled model; a failure is an error."""
+    n_atoms = graph.n_atoms
+    if frames is None:
+        examination = examine_model(script, np.stack([_made_up_frame(graph, seed) for seed in (1, 2)]))
+    else:
+        if (shape := np.shape(frames))[1:] != (n_atoms, 3):
+            raise InputError(f"frames: expected shape [n_frames, {n_atoms}, 3] in nm, found {list(shape)}.")
+        examination = examine_model(script, frames, equilibrium=True)
+    examination.raise_for_failures("export")
+    return examination
+
+
+def _made_up_frame(graph: MolecularGraph, seed: int) -> np.ndarray:
+    """Atoms [n_atoms, 3] 0.12 nm from a bonded neighbour in random directions, the roomiest of 200."""
+    generator = np.random.default_rng(seed)
+    near = graph.neighbours()
+    best, widest = np.zeros((graph.n_atoms, 3)), -1.0
+    for _ in range(200):
+        x = np.full((graph.n_atoms, 3), np.nan)
+        for root in range(graph.n_atoms):
+            if np.isnan(x[root, 0]):
+                x[root] = 0.3 * root * np.eye(3)[0]
+            queue = [root]
+            while queue:
+                atom = queue.pop()
+                for k in near[atom]:
+                    if np.isnan(x[k, 0]):
+                        step = generator.standard_normal(3)
+                        x[k] = x[atom] + 0.12 * step / np.linalg.norm(step)
+                        queue.append(k)
+        distances = np.linalg.norm(x[:, None] - x, axis=-1) + 10 * np.eye(len(x))
+        if (closest := float(distances.min())) > widest:
+            best, widest = x, closest
+    return best
 
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes, str]:
@@ -263,6 +307,8 @@ def load_artefact(path: str | os.PathLike[str]) -> Artefact:
             f"artefact {path}: torch {torch.__version__} cannot load the model that torch "
             f"{metadata['versions'].get('torch')} wrote ({str(err).splitlines()[0]})."
         ) from err
+    for parameter in model.parameters():  # else every evaluation builds a graph for training
+        parameter.requires_grad_(False)
     artefact = Artefact(model, metadata, digest, Path(path).resolve())
     if artefact.graph.bonds_hash() != metadata["bonds_hash"]:
         raise ModelError(f"artefact {path}: bonds and their hash disagree; export the model again.")

@@ -6,12 +6,13 @@ still be examined with ``diffforce doctor``.
 
 import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +83,9 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no advice.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+
 # ---------------------------------------------------------------------------------------- demo
 
 
@@ -92,6 +96,8 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute; the numbers mean little.")] = False,
     seed: Annotated[int | None, typer.Option(help="Every random number follows from it.")] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train on alanine dipeptide, run lambda windows, write a report (about five minutes)."""
     from .config import DemoSettings, check_settings, load_settings
@@ -107,11 +113,15 @@ def demo(
         settings = DemoSettings.quick() if quick else DemoSettings()
     if seed is not None:
         settings = check_settings(DemoSettings, {**settings.model_dump(), "seed": seed}, "--seed")
-    record = run_demo(out, settings=settings, progress=progress)
+    record = run_demo(out, settings=settings, progress=progress and not (quiet or as_json))
     page = record.parent / "report.html"
     if not page.exists():
         page = report_from_record(record)
-    _print_record(record)
+    if as_json:
+        typer.echo(record.read_text(encoding="utf-8"))
+        return
+    if not quiet:
+        _print_record(record)
     typer.echo(f"\nReport: {page}\nRecord: {record}")
 
 
@@ -302,9 +312,12 @@ def examine() -> list[Finding]:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """What is installed, what works, and the cure for what does not."""
     findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        raise typer.Exit(any(finding.status == "FAIL" for finding in findings))
     table = Table("", "part", "found", title=f"openmm_diffforce {__version__}", title_justify="left")
     for finding in findings:
         table.add_row(Text(finding.status, STYLES[finding.status]), Text(finding.name), Text(finding.found))
@@ -325,7 +338,7 @@ def doctor() -> None:
 @app.command()
 def inspect(
     artefact: Annotated[Path, typer.Argument(help="File written by export_artefact.")],
-    as_json: Annotated[bool, typer.Option("--json", help="All metadata as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a model file holds; a damaged or foreign one is refused."""
     from .artefact import load_artefact
@@ -366,25 +379,189 @@ def inspect(
     _console().print(table)
 
 
-# ------------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------- one's own molecule, stage by stage
+
+Project = Annotated[Path, typer.Argument(help="Project file; diffforce init writes a commented one.")]
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="Project file to write.")] = Path("project.yaml"),
+    topology: Annotated[Path | None, typer.Option(help="PDB file: topology and start.")] = None,
+    end_states: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two System XML files of the same particles.")
+    ] = None,
+    prmtop: Annotated[
+        list[Path] | None, typer.Option(help="Amber topology; twice for two end states.")
+    ] = None,
+    forcefield: Annotated[
+        list[str] | None, typer.Option(help="OpenMM force-field file for the PDB file; repeat for more.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a commented project file for your own molecule (or for alanine dipeptide)."""
+    from .config import ProjectSettings, load_settings, project_template
+    from .errors import InputError
+    from .record import atomic_path
+
+    given = {"end_states": end_states, "prmtop": prmtop, "forcefield": forcefield}
+    named = [k for k, v in given.items() if v]
+    if len(named) > 1:
+        options = ", ".join("--" + k.replace("_", "-") for k in named)
+        raise InputError(f"init: expected one source of the System, found {options}.")
+    if named and topology is None:
+        raise InputError("init: expected --topology (a PDB file) beside the System, found none.")
+    if topology is not None and not named:
+        raise InputError(
+            "init: expected --end-states, --prmtop or --forcefield beside --topology, found none."
+        )
+    if file.exists():
+        raise InputError(f"{file}: exists already; choose another name or remove it.")
+    folder = file.resolve().parent
+
+    def seen_from_file(path: Any) -> str:
+        return os.path.relpath(Path(path).resolve(), folder)
+
+    source: Any = "F1"
+    if named:
+        source = [v if named[0] == "forcefield" else seen_from_file(v) for v in given[named[0]] or ()]
+    text = project_template(
+        named[0] if named else "alanine", source, None if topology is None else seen_from_file(topology)
+    )
+    try:
+        with atomic_path(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as err:
+        raise InputError(f"{file}: cannot be written ({err.strerror}).") from err
+    load_settings(file, ProjectSettings)
+    if not quiet:
+        typer.echo(f"{file}\nNow: diffforce sample {file}")
+
+
+@app.command()
+def sample(project: Project, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Sample the end states; call it again to go on after a Ctrl-C or a crash."""
+    from .config import ProjectSettings, load_settings
+    from .project import sample_project
+
+    run = sample_project(load_settings(project, ProjectSettings), progress=not (quiet or as_json))
+    _say_run(run, f"diffforce fit {project}", quiet, as_json)
+
+
+@app.command()
+def fit(project: Project, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Fit base action and operator to the sampled frames, and write the model file."""
+    from .config import ProjectSettings, load_settings
+    from .project import fit_project
+
+    settings = load_settings(project, ProjectSettings)
+    console = Console(stderr=True, quiet=quiet or as_json)
+    with console.status("score matching and regression"):
+        path, quality = fit_project(settings)
+    if as_json:
+        typer.echo(json.dumps({"model": str(path), **quality}, indent=1))
+        return
+    table = Table("held-out R^2", "found", title=str(path), title_justify="left")
+    for key, text in (("force_r2", "force"), ("action_r2", "base action"), ("operator_r2", "operator"),
+                      ("operator_gradient_r2", "gradient of the operator")):  # fmt: skip
+        if key in quality:
+            table.add_row(text, f"{quality[key]:.4f}")
+    _console().print(table)
+    if not quiet:
+        typer.echo(f"Now: diffforce simulate {project}, or diffforce windows {project}")
+
+
+@app.command()
+def export(
+    module: Annotated[Path, typer.Argument(help="TorchScript file (torch.jit.save) of your module.")],
+    out: Annotated[Path, typer.Argument(help="Model file to write.")],
+    topology: Annotated[Path, typer.Option(help="PDB file of the molecule, in the module's order of atoms.")],
+    temperature: Annotated[float, typer.Option(help="Of the training ensembles [K].")],
+    sigma_max: Annotated[float, typer.Option(help="Noise at t = 1 of the VE schedule [nm].")] = 0.05,
+    score: Annotated[
+        bool, typer.Option("--score", help="module(x, t) -> score: a force, never an energy.")
+    ] = False,
+    operator: Annotated[bool, typer.Option(help="Whether the action depends on lambda.")] = True,
+    frames: Annotated[
+        Path | None, typer.Option(help="Trajectory of equilibrium frames to examine the model on.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model file of your own module(x, t, lam) -> S; it is examined first."""
+    import numpy as np
+
+    from .analysis import load_trajectory
+    from .artefact import export_artefact, load_artefact
+    from .config import read_pdb
+    from .models.action import AutogradAction, ScoreModel, load_module
+    from .models.examine import Examination
+    from .schedule import VESchedule
+    from .systems import graph_from_topology
+
+    loaded = load_module(module)
+    model = ScoreModel(loaded) if score else AutogradAction(loaded, has_operator=operator)
+    x = None if frames is None else load_trajectory(frames, topology).xyz.astype(np.float64)
+    export_artefact(
+        model, out, graph=graph_from_topology(read_pdb(topology).topology), schedule=VESchedule(sigma_max),
+        temperature=temperature, training={"model": str(module)}, frames=x,
+    )  # fmt: skip
+    found = load_artefact(out).metadata["examination"]
+    if as_json:
+        typer.echo(json.dumps({"model": str(out), "examination": found}, indent=1))
+        return
+    if not quiet:
+        typer.echo(str(Examination.from_dict(found)))
+    typer.echo(out)
+
+
+@app.command()
+def simulate(project: Project, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Dynamics with the learned force; call it again to go on after a Ctrl-C or a crash."""
+    from .config import ProjectSettings, load_settings
+    from .project import simulate_project
+
+    run = simulate_project(load_settings(project, ProjectSettings), progress=not (quiet or as_json))
+    _say_run(run, "", quiet, as_json)
 
 
 @app.command()
 def windows(
-    config: Annotated[Path, typer.Argument(help="YAML file; examples/README.md has one.")],
+    config: Annotated[Path, typer.Argument(help="Project file, or a YAML file of one run (examples/).")],
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run lambda windows; call it again to go on after a Ctrl-C or a crash."""
-    from .config import WindowsSettings, load_settings, window_arguments
+    from .config import ProjectSettings, WindowsSettings, is_project, load_settings, window_arguments
+    from .project import windows_project
     from .windows import run_windows
 
-    settings = load_settings(config, WindowsSettings)
-    run = run_windows(**window_arguments(settings), progress=progress)
-    typer.echo(
-        f"{len(run.states)} windows, {len(run.u_nk)} frames, {run.n_steps} steps in "
-        f"{run.seconds:.1f} s\n{run.out_dir}\n"
-        f"Now: diffforce estimate {run.out_dir}"
-    )
+    bar = progress and not (quiet or as_json)
+    if is_project(config):
+        run = windows_project(load_settings(config, ProjectSettings), progress=bar)
+    else:
+        run = run_windows(**window_arguments(load_settings(config, WindowsSettings)), progress=bar)
+    _say_run(run, f"diffforce estimate {run.out_dir}", quiet, as_json)
+
+
+def _say_run(run: Any, then: str, quiet: bool, as_json: bool) -> None:
+    """Where a run is and what to do next."""
+    if as_json:
+        typer.echo(json.dumps({
+            "out_dir": str(run.out_dir), "n_states": len(run.states), "n_frames": len(run.u_nk),
+            "n_steps": run.n_steps, "seconds": run.seconds, "topology": str(run.topology),
+            "trajectories": [str(p) for p in run.trajectories],
+        }, indent=1))  # fmt: skip
+        return
+    if not quiet:
+        what = "window" if len(run.states) == 1 else "windows"
+        typer.echo(
+            f"{len(run.states)} {what}, {len(run.u_nk)} frames, {run.n_steps} steps in {run.seconds:.1f} s"
+        )
+    typer.echo(run.out_dir)
+    if then and not quiet:
+        typer.echo(f"Now: {then}")
 
 
 # ------------------------------------------------------------------------------------ estimate
@@ -393,7 +570,7 @@ def windows(
 @app.command()
 def estimate(
     run: Annotated[Path, typer.Argument(help="Folder of a window run.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    as_json: AsJson = False,
     decorrelate: Annotated[
         bool, typer.Option(help="Use only frames that are independent of each other.")
     ] = True,

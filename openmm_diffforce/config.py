@@ -8,6 +8,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -76,7 +77,7 @@ class DemoSettings(Settings):
 
 
 class SystemSettings(Settings):
-    """Where the classical System comes from: exactly one of the three."""
+    """Where the classical System comes from: exactly one of the five."""
 
     alanine: Literal["F1", "Br3", "I3"] | None = Field(
         default=None, description="alanine dipeptide in vacuum, one of the built-in perturbations"
@@ -85,12 +86,19 @@ class SystemSettings(Settings):
         default=None, description="two System XML files of the same particles"
     )
     xml: Path | None = Field(default=None, description="one System XML file with its own parameters")
+    prmtop: tuple[Path, ...] | None = Field(
+        default=None, min_length=1, max_length=2, description="one Amber topology, or two for two end states"
+    )
+    forcefield: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="OpenMM force-field files, for the PDB file of topology"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> "SystemSettings":
-        given = [n for n in ("alanine", "end_states", "xml") if getattr(self, n) is not None]
+        kinds = ("alanine", "end_states", "xml", "prmtop", "forcefield")
+        given = [n for n in kinds if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(f"expected exactly one of alanine, end_states, xml, found {given or 'none'}")
+            raise ValueError(f"expected exactly one of {', '.join(kinds)}, found {given or 'none'}")
         return self
 
 
@@ -133,9 +141,9 @@ class WindowsSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> "WindowsSettings":
         if self.system.alanine is None and self.topology is None:
-            raise ValueError("expected topology (a PDB file) beside end_states or xml")
+            raise ValueError("expected topology (a PDB file) beside the System; only alanine brings its own")
         if self.system.alanine is not None and self.topology is not None:
-            raise ValueError("topology belongs to end_states or xml; alanine brings its own")
+            raise ValueError("topology: alanine brings its own; remove this key")
         if self.system.alanine is None and self.restrain_phi:
             raise ValueError("restrain_phi belongs to alanine")
         if self.system.xml is not None and isinstance(self.states, StatesSettings) and not self.force:
@@ -143,6 +151,81 @@ class WindowsSettings(Settings):
                 "states: a System from xml has parameters of its own; list the states as "
                 "[{parameter: value}, ...]"
             )
+        return self
+
+
+class SampleSettings(Settings):
+    """Sampling of the end states, for the fit."""
+
+    n_frames: Count = Field(default=3000, ge=20, description="training frames per end state")
+    n_test: Count = Field(default=500, ge=20, description="frames per end state held out to judge the fit")
+    interval: Count = Field(
+        default=500, description="steps between frames; as long as they take to decorrelate"
+    )
+    n_equil: int = Field(default=20000, ge=0, description="steps thrown away first")
+
+
+class FitSettings(Settings):
+    """Fit of base action and operator."""
+
+    sites: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, description="perturbed atoms, from 0; found from the end states if absent"
+    )
+    sigma_max: Positive = Field(default=0.05, description="noise at t = 1 [nm]")
+    n_draws: Count = Field(default=2, description="noise draws per frame and noise level")
+
+
+class SimulateSettings(Settings):
+    """Dynamics with the learned force."""
+
+    mode: Literal["operator", "alone"] = Field(
+        default="operator",
+        description="operator: beside end state 0; alone: the learned action and restraints, nothing else",
+    )
+    lam: float = Field(default=0.0, ge=0, le=1, description="lambda")
+    n_frames: Count = Field(default=1000, description="frames")
+    interval: Count = Field(default=500, description="steps between frames")
+    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
+
+
+class ProjectWindowsSettings(Settings):
+    """Lambda windows under the learned operator."""
+
+    states: StatesSettings | list[dict[str, float]] = StatesSettings()
+    n_frames: Count = Field(default=600, description="frames per window")
+    interval: Count = Field(default=500, description="steps between frames")
+    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
+
+
+class ProjectSettings(Settings):
+    """One molecule from end states to Delta f: what sample, fit, simulate and windows share."""
+
+    system: SystemSettings
+    topology: Path | None = Field(default=None, description="PDB file: topology and start; not with alanine")
+    restrain_phi: bool = Field(False, description="alanine only: keep phi out of C7ax")
+    temperature: Positive = Field(default=300.0, description="K")
+    timestep: Positive = Field(default=0.001, description="ps; bonds are flexible")
+    friction: Positive = Field(default=1.0, description="1/ps")
+    platform: str | None = Field(default=None, description="OpenMM platform; by size if absent")
+    backend: Literal["auto", "torchforce", "python"] = Field(
+        default="auto", description="of the learned force"
+    )
+    seed: Seed = Field(default=1, description="every random number follows from it")
+    trajectory: Literal["dcd", "xtc"] = Field(default="dcd", description="format of the trajectories")
+    out_dir: Path = Field(default=Path("runs"), description="folder for everything that is made")
+    sample: SampleSettings = SampleSettings()
+    fit: FitSettings = FitSettings()
+    simulate: SimulateSettings = SimulateSettings()
+    windows: ProjectWindowsSettings = ProjectWindowsSettings()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ProjectSettings":
+        if self.system.alanine is None and self.topology is None:
+            raise ValueError("expected topology (a PDB file) beside the System; only alanine brings its own")
+        if self.system.alanine is not None and self.topology is not None:
+            raise ValueError("topology: alanine brings its own; remove this key")
+        if self.system.alanine is None and self.restrain_phi:
+            raise ValueError("restrain_phi belongs to alanine")
         return self
 
 
@@ -176,17 +259,27 @@ def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
     7
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise InputError(f"{path}: expected a readable YAML file, found {err.strerror}.") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path}: expected YAML, found {' '.join(str(err).split())}.") from err
+    content = _yaml(path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, found {type(content).__name__}.")
     return _absolute(check_settings(kind, content, str(path)), path.resolve().parent)
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise InputError(f"{path}: expected a readable YAML file, found {err.strerror}.") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: expected YAML, found {' '.join(str(err).split())}.") from err
+
+
+def is_project(path: str | os.PathLike[str]) -> bool:
+    """Whether a YAML file is a project (it has a section ``windows`` or ``sample``)."""
+    content = _yaml(Path(path))
+    return isinstance(content, dict) and bool({"windows", "sample", "fit", "simulate"} & set(content))
 
 
 def check_settings(kind: type[_Model], content: Mapping[str, Any], where: str) -> _Model:
@@ -261,6 +354,151 @@ def _absolute(settings: _Model, folder: Path) -> _Model:
     return settings.model_copy(update=changes)
 
 
+@dataclass(frozen=True)
+class SystemParts:
+    """What :func:`read_system` read.
+
+    Attributes
+    ----------
+    topology : openmm.app.Topology
+    positions : numpy.ndarray, shape (n_atoms, 3)
+        [nm].
+    system : openmm.System
+        End state 0, or the only state.
+    pair : EndStatePair or None
+        None if there is one state only.
+    """
+
+    topology: Any
+    positions: Any
+    system: Any
+    pair: Any
+
+
+def read_system(
+    settings: SystemSettings, topology: Path | None, temperature: float, restrain_phi: bool = False
+) -> SystemParts:
+    """Build the classical System or the pair of end states that the settings name.
+
+    Systems from ``prmtop`` and ``forcefield`` are built without constraints: without a cutoff,
+    or with PME if the topology has a box.
+
+    Raises
+    ------
+    DiffForceError
+        If a file is missing or does not fit the others.
+    """
+    from openmm import app, unit
+
+    from .alanine import alanine_case
+    from .alchemy import EndStatePair
+
+    if settings.alanine is not None:
+        case = alanine_case(settings.alanine, restrain_phi=restrain_phi)
+        return SystemParts(case.topology, case.positions, case.system_0, case.pair)
+    pdb = read_pdb(topology)
+    positions = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    periodic = pdb.topology.getPeriodicBoxVectors() is not None
+    options = {
+        "nonbondedMethod": app.PME if periodic else app.NoCutoff, "constraints": None, "rigidWater": False
+    }  # fmt: skip
+    if settings.forcefield is not None:
+        try:
+            systems = [app.ForceField(*settings.forcefield).createSystem(pdb.topology, **options)]
+        except (ValueError, OSError) as err:
+            raise InputError(
+                f"{topology}: {' and '.join(settings.forcefield)} cannot describe it ({err})."
+            ) from err
+    elif settings.prmtop is not None:
+        systems = [_read_prmtop(p, options) for p in settings.prmtop]
+    elif settings.end_states is not None:
+        systems = [_read_system(p) for p in settings.end_states]
+    else:
+        systems = [_read_system(settings.xml)]
+    pair = EndStatePair(systems[0], systems[1], pdb.topology, temperature) if len(systems) == 2 else None
+    return SystemParts(pdb.topology, positions, systems[0], pair)
+
+
+def _read_prmtop(path: Path, options: dict[str, Any]) -> Any:
+    from openmm import app
+
+    try:
+        return app.AmberPrmtopFile(str(path)).createSystem(**options)
+    except OSError as err:
+        raise InputError(f"{path}: expected a readable prmtop file, found {err.strerror}.") from err
+    except Exception as err:  # OpenMM's reader raises what its parser happens to meet
+        raise InputError(
+            f"{path}: expected an Amber prmtop file, found {type(err).__name__}: {err}."
+        ) from err
+
+
+_SOURCES = {
+    "alanine": "alanine dipeptide in vacuum, built in: F1, Br3 or I3",
+    "end_states": "two System XML files of the same particles: lambda = 0 and 1",
+    "prmtop": "one Amber topology, or two for two end states; built without constraints",
+    "forcefield": "OpenMM force-field files for the PDB file; built without constraints",
+}
+
+
+def project_template(source: str, value: Any, topology: str | None) -> str:
+    """The text of a commented project file: every key, its default, and what it means.
+
+    Parameters
+    ----------
+    source : {"alanine", "end_states", "prmtop", "forcefield"}
+        Where the System comes from, and
+    value : str or list of str
+        its value.
+    topology : str or None
+        PDB file.
+
+    Examples
+    --------
+    >>> print(project_template("alanine", "F1", None).splitlines()[2])
+    system: {alanine: F1}  # alanine dipeptide in vacuum, built in: F1, Br3 or I3
+    """
+
+    def flow(content: Any) -> str:
+        return (
+            yaml.safe_dump(content, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+        )
+
+    lines = [
+        "# A project of openmm_diffforce: diffforce sample, fit, simulate, windows (in this order).",
+        "# Paths are relative to this file. Every key may be left out but system and topology.",
+    ]
+    single = source == "forcefield" or (source == "prmtop" and len(value) == 1)
+    for name, field in ProjectSettings.model_fields.items():
+        if name == "system":
+            lines.append(f"system: {flow({source: value})}  # {_SOURCES[source]}")
+            continue
+        if name == "topology":
+            if topology is not None:
+                lines.append(f"topology: {flow(topology)}  # {field.description}")
+            continue
+        if name == "restrain_phi" and source != "alanine":
+            continue
+        if name == "windows" and single:
+            continue
+        default = field.default
+        if not isinstance(default, Settings):
+            shown = str(default) if isinstance(default, Path) else default
+            if name == "restrain_phi":
+                shown = True
+            lines.append(f"{name}: {flow(shown)}  # {field.description}")
+            continue
+        lines += ["", f"{name}:  # {(type(default).__doc__ or '').splitlines()[0]}"]
+        for key, part in type(default).model_fields.items():
+            inner = part.default.model_dump() if isinstance(part.default, Settings) else part.default
+            if name == "simulate" and key == "mode" and single:
+                inner = "alone"
+            text = (
+                part.description or "evenly spread, lambda = (k/(n-1))^power; or a list of {parameter: value}"
+            )
+            lines.append(f"  {key}: {flow(inner)}  # {text}")
+    return "\n".join(lines) + "\n"
+
+
 def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
     """Build System, topology, states and the rest: keyword arguments of ``run_windows``.
 
@@ -278,26 +516,15 @@ def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
     DiffForceError
         If a file is missing or does not fit the others.
     """
-    from openmm import unit
-
-    from .alanine import alanine_case
-    from .alchemy import EndStatePair, lambda_states
+    from .alchemy import lambda_states
 
     parameter = "lambda"
-    if settings.system.alanine is not None:
-        case = alanine_case(settings.system.alanine, restrain_phi=settings.restrain_phi)
-        topology, positions, pair = case.topology, case.positions, case.pair
-        system = case.system_0 if settings.force else pair.linear_system()
+    parts = read_system(settings.system, settings.topology, settings.temperature, settings.restrain_phi)
+    topology, positions = parts.topology, parts.positions
+    if parts.pair is None:
+        system = parts.system
     else:
-        pdb = _read_pdb(settings.topology)
-        topology = pdb.topology
-        positions = pdb.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-        if settings.system.end_states is not None:
-            ends = [_read_system(p) for p in settings.system.end_states]
-            pair = EndStatePair(ends[0], ends[1], topology, settings.temperature)
-            system = ends[0] if settings.force else pair.linear_system()
-        else:
-            system = _read_system(settings.system.xml)
+        system = parts.system if settings.force else parts.pair.linear_system()
     learned = None
     if settings.force is not None:
         from .force import DiffusionForce
@@ -330,7 +557,14 @@ def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read_pdb(path: Path | None) -> Any:
+def read_pdb(path: Path | None) -> Any:
+    """An ``openmm.app.PDBFile``.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
     from openmm import app
 
     try:

@@ -26,17 +26,19 @@ from .constants import RECORD_FILE
 from .errors import InputError, ResumeError
 from .estimate import end_correction, estimate_free_energy, reweight, standard_score
 from .force import DiffusionForce
+from .models.action import model_fields
 from .models.physics import base_tables, outside_fraction
+from .project import fit_quality
 from .record import atomic_path, make_record, settings_hash, write_json
 from .report import save_figures, write_report
 from .schedule import VESchedule
 from .systems import (
     FloatArray,
+    bare_system,
     clone_system,
     forces,
     graph_from_topology,
     make_context,
-    potential_energies,
     sample,
     start_context,
     step_checked,
@@ -70,30 +72,6 @@ class Timing:
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
-
-
-def r_squared(prediction: Any, truth: Any) -> float:
-    """1 - |prediction - truth|^2 / |truth - mean|^2, the mean taken over all values.
-
-    Examples
-    --------
-    >>> r_squared([1.0, 2.0], [1.0, 2.0])
-    1.0
-    """
-    prediction, truth = np.asarray(prediction, float), np.asarray(truth, float)
-    return float(1 - ((prediction - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
-
-
-def model_fields(model: Any, x: FloatArray, *, t: float = 0.0, lam: float = 0.0) -> tuple[FloatArray, ...]:
-    """S, dS/dx and dS/dlam of frames as numpy arrays."""
-    n = len(x)
-    with torch.no_grad():
-        out = model.fields(
-            torch.as_tensor(np.ascontiguousarray(x, dtype=np.float64)),
-            torch.full((n,), t, dtype=torch.float64),
-            torch.full((n,), lam, dtype=torch.float64),
-        )
-    return tuple(v.numpy() for v in out)
 
 
 def sample_end(
@@ -130,12 +108,7 @@ def sample_end(
 
 def learned_base_system(case: AlanineCase, artefact: Path, *, backend: str = "auto") -> openmm.System:
     """The molecule on the learned base action alone (and the restraint its data were sampled in)."""
-    system = openmm.System()
-    for atom in range(case.system_0.getNumParticles()):
-        system.addParticle(case.system_0.getParticleMass(atom))
-    for force in case.system_0.getForces():
-        if isinstance(force, openmm.CustomTorsionForce):  # the flat-bottom restraint
-            system.addForce(openmm.XmlSerializer.clone(force))
+    system = bare_system(case.system_0)
     system.addForce(
         DiffusionForce(artefact, topology=case.topology, mode="add", temperature=TEMPERATURE, backend=backend)
     )
@@ -178,25 +151,6 @@ def _check(
     status = "PASS" if good else ("WARN" if warn else "FAIL")
     return {"name": name, "value": value, "threshold": threshold, "status": status,
             "advice": "" if good else advice}  # fmt: skip
-
-
-def fit_quality(case: AlanineCase, model: Any, x_test: tuple[FloatArray, FloatArray]) -> dict[str, float]:
-    """Held-out R^2 of force, base action, operator and its gradient at t = 0."""
-    action, gradient, _ = model_fields(model, x_test[0])
-    both = np.concatenate(x_test)
-    operator = model_fields(model, both)[2]
-    _, gradient_1, _ = model_fields(model, both, lam=1.0)
-    _, gradient_0, _ = model_fields(model, both)
-    return {
-        "sigma_nm": 0.0,
-        "force_r2": r_squared(-KT * gradient, forces(case.system_0, x_test[0])),
-        "action_r2": r_squared(
-            action - action.mean(),
-            (u := potential_energies(case.system_0, x_test[0]) / KT) - u.mean(),
-        ),
-        "operator_r2": r_squared(operator, case.pair.operator_values(both)),
-        "operator_gradient_r2": r_squared(gradient_1 - gradient_0, case.pair.operator_gradients(both)),
-    }
 
 
 def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progress: bool = True) -> Path:
@@ -270,7 +224,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     artefact_path = folder / ARTEFACT_FILE
     with timing.stage("fit"), console.status("score matching and regression"):
         artefact = _fit_or_load(case, train, settings, artefact_path)
-    quality = fit_quality(case, artefact.model, test)
+    quality = fit_quality(artefact.model, case.system_0, case.pair, test)
 
     states = lambda_states(settings.n_windows)
     window_ps = settings.window_frames * settings.window_interval * settings.timestep
@@ -427,7 +381,7 @@ def _fit_or_load(case: AlanineCase, train: list[FloatArray], settings: DemoSetti
         graph, case.perturbed, schedule, seed=settings.seed, n_draws=settings.n_draws,
     )  # fmt: skip
     export_artefact(model, path, graph=graph, schedule=schedule, temperature=TEMPERATURE,
-                    training={**training, "inputs_sha256": inputs})  # fmt: skip
+                    training={**training, "inputs_sha256": inputs}, frames=train[0])  # fmt: skip
     return load_artefact(path)
 
 

@@ -6,6 +6,7 @@ and ``python`` (OpenMM's PythonForce, any torch). Both evaluate explicit derivat
 model's ``fields``; autograd does not run in a step.
 """
 
+import logging
 import os
 import re
 import warnings
@@ -29,7 +30,13 @@ from .constants import (
     NOISE,
     SCALE,
 )
-from .errors import IncompatibleSystemError, InputError, MissingDependencyError, ModelError
+from .errors import (
+    IncompatibleSystemError,
+    InputError,
+    MissingDependencyError,
+    ModelError,
+    NotConservativeError,
+)
 from .models.graph import MolecularGraph
 from .schedule import alpha_sigma
 from .systems import (
@@ -233,8 +240,7 @@ class _PythonComputation:
         lam, noise, scale = (values[self.prefix + name] for name in (LAMBDA, NOISE, SCALE))
         # The classical part of a crossing over declares the parameter; every force may read it.
         factor = scale * values[INTERPOLATE] if self.interpolate else scale
-        with torch.no_grad():
-            energy, forces, d_lam, unscaled = e.evaluate(x, lam, noise, factor)
+        energy, forces, d_lam, unscaled = e.evaluate(x, lam, noise, factor)
         return energy, forces, d_lam, scale * unscaled
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
@@ -375,6 +381,8 @@ class DiffusionForce:
         ------
         InputError
             For another parameter.
+        NotConservativeError
+            If the model is a bare score.
 
         Notes
         -----
@@ -386,7 +394,9 @@ class DiffusionForce:
                 f'parameter: expected "lambda" or "lambda_interpolate", found {parameter!r}; the '
                 "energy is linear in scale, and has no simple derivative in noise."
             )
-        return self._derivative(context, self.parameter(parameter))
+        name = self.parameter(parameter)
+        self.require_energy(f"dE/d{parameter}")
+        return self._derivative(context, name)
 
     def _derivative(self, context: openmm.Context, name: str) -> float:
         raise NotImplementedError
@@ -395,11 +405,32 @@ class DiffusionForce:
         """Scale the energy with the context parameter ``lambda_interpolate`` as well."""
         self.interpolated = True
 
+    @property
+    def conservative(self) -> bool:
+        """Whether the model has an energy (a bare score has none, and reports NaN)."""
+        return bool(self.artefact.metadata["conservative"])
+
+    def require_energy(self, what: str) -> None:
+        """Refuse a model without an energy.
+
+        Raises
+        ------
+        NotConservativeError
+            If the model is a bare score; ``what`` names the use in the message.
+        """
+        if not self.conservative:
+            raise NotConservativeError(
+                f"{what}: needs an energy, and {self.artefact.path.name} holds a bare score, which has "
+                "none; use it for dynamics alone, or fit a conservative model."
+            )
+
     def check(self, context: openmm.Context) -> None:
         """Hold the force against the simulation that it is in.
 
         Raises
         ------
+        NotConservativeError
+            If the model is a bare score and the System has a barostat.
         IncompatibleSystemError
             If the temperature differs from the training temperature at noise > 0, if another
             learned force in the System has the same prefix, if a CustomIntegrator asks for a
@@ -413,6 +444,9 @@ class DiffusionForce:
         UserWarning
             If the temperature differs at noise = 0.
         """
+        for other in context.getSystem().getForces():
+            if "Barostat" in type(other).__name__:
+                self.require_energy(type(other).__name__)
         noise = context.getParameter(self.parameter(NOISE))
         lam = context.getParameter(self.parameter(LAMBDA))
         low, high = self.artefact.metadata["lambda_range"]
@@ -616,6 +650,8 @@ def mix(
         For arguments that do not fit, or a force that is in a System already.
     ModelError
         If the topology's atoms are not the model's molecule.
+    NotConservativeError
+        If a bare score is to be crossed over: there is no energy to cross over to.
     IncompatibleSystemError
         If the terms inside cannot be taken out exactly: see
         :func:`openmm_diffforce.systems.remove_subset_terms`; if the System is periodic and the
@@ -690,6 +726,7 @@ def mix(
             "(topology.setPeriodicBoxVectors) before the force is built."
         )
     if interpolate:
+        force.require_energy("mix(interpolate=True)")
         terms.system.addForce(_crossing_force(system, terms))
         force._cross_over()
     force.replaced = MappingProxyType(dict(terms.removed))
@@ -762,8 +799,12 @@ def _load_openmmtorch() -> Any:
     imports torch: by now they load.
     """
     global _PLUGINS_LOADED
-    import openmmtorch
-
+    quiet_before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it imports OpenMM by its old name, which warns on the root logger
+    try:
+        import openmmtorch
+    finally:
+        logging.disable(quiet_before)
     if not _PLUGINS_LOADED:
         for failure in openmm.Platform.getPluginLoadFailures():
             if "OpenMMTorchReference" in failure:

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import openmm
-import torch
 from openmm import unit
 
 from .errors import ConvergenceError, InputError
+from .models.action import model_fields
 from .systems import (
     FloatArray,
     check_frames,
@@ -285,11 +285,8 @@ def posterior_mode(
 
 def _fields(model: Any, x: FloatArray, lam: float) -> tuple[FloatArray, FloatArray, FloatArray]:
     """S, dS/dx flattened, O of clean frames [n, 3 n_atoms], n_atoms from the shape."""
-    frames = torch.as_tensor(x.reshape(len(x), -1, 3))
-    zero = torch.zeros(len(x), dtype=torch.float64)
-    with torch.no_grad():
-        action, gradient, operator = model.fields(frames, zero, zero + lam)
-    return action.numpy(), gradient.numpy().reshape(len(x), -1), operator.numpy()
+    action, gradient, operator = model_fields(model, x.reshape(len(x), -1, 3), lam=lam)
+    return action, gradient.reshape(len(x), -1), operator
 
 
 def _mode(

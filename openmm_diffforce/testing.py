@@ -173,3 +173,42 @@ class HarmonicEndStates:
     def action(self, end: int, x: Any) -> Any:
         """S_0 or S_1 [n] of x [n, n_dim]."""
         return 0.5 * self.stiffness[end] * ((np.asarray(x) - self.centre[end]) ** 2).sum(axis=-1)
+
+
+def assert_model_contract(model: Any, x: Any, *, equilibrium: bool = False) -> Any:
+    """A model keeps the contract: shapes, finite values, invariance, derivatives.
+
+    Parameters
+    ----------
+    model : ActionModel or ScoreModel
+    x : float array [n_frames, n_atoms, 3]
+        Frames like those it is for [nm].
+    equilibrium : bool
+        Whether x are equilibrium frames of its base state: then its units are examined too.
+
+    Returns
+    -------
+    openmm_diffforce.models.examine.Examination
+        Everything that was found; print it.
+
+    Raises
+    ------
+    AssertionError
+        If something is broken, with all findings.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from openmm_diffforce.models import AutogradAction
+    >>> class Spring(torch.nn.Module):
+    ...     def forward(self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    ...         return 50.0 * (1 + lam) * ((x[:, 1] - x[:, 0]) ** 2).sum(1)
+    >>> found = assert_model_contract(AutogradAction(Spring()), [[[0.0, 0, 0], [0.1, 0, 0]]])
+    >>> len(found.failures)
+    0
+    """
+    from .models.examine import examine_model
+
+    found = examine_model(model, x, equilibrium=equilibrium)
+    assert not found.failures, f"the model breaks the contract:\n{found}"
+    return found

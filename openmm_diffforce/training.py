@@ -53,7 +53,13 @@ from .models.graph import (
     operator_pairs,
     rotatable_bonds,
 )
-from .models.physics import BaseTables, OperatorTables, PhysicalModel, internal_values
+from .models.physics import (
+    BaseTables,
+    OperatorTables,
+    PhysicalModel,
+    check_noise_range,
+    internal_values,
+)
 from .ops import DISTANCE, TORSION
 from .schedule import NoiseSchedule
 
@@ -567,6 +573,12 @@ def _clean_operator_gradient(tables: OperatorTables, x: np.ndarray) -> np.ndarra
     )  # fmt: skip
 
 
+def default_knots(schedule: NoiseSchedule) -> tuple[float, ...]:
+    """:data:`DEFAULT_SIGMA_KNOTS` stretched to the schedule's noise-to-signal range [nm]."""
+    top = float(schedule.noise_to_signal(1.0))
+    return tuple(k * top / DEFAULT_SIGMA_KNOTS[-1] for k in DEFAULT_SIGMA_KNOTS)
+
+
 def fit_physical_model(
     x_0: Any, o_0: Any, x_1: Any, o_1: Any,
     graph: MolecularGraph, sites: Sequence[int], schedule: NoiseSchedule,
@@ -582,7 +594,7 @@ def fit_physical_model(
     x_0, o_0, x_1, o_1, graph, sites, n_draws
         As in :func:`fit_operator`.
     schedule : VESchedule or VPSchedule
-        The knots default to :data:`DEFAULT_SIGMA_KNOTS` stretched to its noise-to-signal range.
+        The knots default to :func:`default_knots`.
     seed : int
         Seed of the noise; kept in the record.
 
@@ -598,8 +610,8 @@ def fit_physical_model(
         As in the two fits.
     """
     if sigma_knots is None:
-        top = float(schedule.noise_to_signal(1.0))
-        sigma_knots = tuple(k * top / DEFAULT_SIGMA_KNOTS[-1] for k in DEFAULT_SIGMA_KNOTS)
+        sigma_knots = default_knots(schedule)
+    check_noise_range("sigma_knots", _check_knots(sigma_knots), schedule)  # before the fits, not after
     generator = np.random.default_rng(seed)
     operator = fit_operator(x_0, o_0, x_1, o_1, graph, sites, sigma_knots=sigma_knots,
                             generator=generator, n_draws=n_draws)  # fmt: skip

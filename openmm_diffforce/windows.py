@@ -185,6 +185,8 @@ def run_windows(
     ResumeError
         If the folder holds a run with other settings, a damaged one, or one that another process
         is working on.
+    NotConservativeError
+        If a learned force is a bare score, without an energy.
     ConvergenceError
         If the dynamics becomes unstable; finished windows and parts stay.
     KeyboardInterrupt
@@ -229,6 +231,9 @@ def run_windows(
     learned_forces: tuple[Any, ...] = ()
     if learned is not None:
         learned_forces = tuple(learned) if isinstance(learned, Sequence) else (learned,)
+    for force in learned_forces:
+        if hasattr(force, "require_energy"):
+            force.require_energy("lambda windows")
     n_frames = check_positive("n_frames", n_frames, integer=True)
     interval = check_positive("interval", interval, integer=True)
     check_positive("checkpoint_seconds", checkpoint_seconds)

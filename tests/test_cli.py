@@ -32,19 +32,21 @@ def invoke(*arguments: Any) -> Any:
 
 
 class Springs(ActionModel):
-    """S = k |x|^2 (1 + lam)/2."""
+    """S = k |x - mean|^2 (1 + lam)/2."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("k", torch.tensor(2.0, dtype=torch.float64))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(1, keepdim=True)
         return 0.5 * self.k * (x * x).sum((1, 2)) * (1 + lam)
 
     @torch.jit.export
     def fields(
         self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = x - x.mean(1, keepdim=True)
         half = 0.5 * self.k * (x * x).sum((1, 2))
         return half * (1 + lam), self.k * x * (1 + lam)[:, None, None], half
 

@@ -73,7 +73,7 @@ def test_unknown_key_inside_a_part(tmp_path: Path) -> None:
         ("temperature: .nan", "temperature: expected a finite number"),
         ("trajectory: pdb", "trajectory: expected 'dcd' or 'xtc', found 'pdb'"),
         ("seed: one", "seed: expected a valid integer"),
-        ("topology: a.pdb", "topology belongs to end_states or xml"),
+        ("topology: a.pdb", "topology: alanine brings its own"),
     ],
 )
 def test_values_that_are_not_allowed(tmp_path: Path, change: str, expected: str) -> None:

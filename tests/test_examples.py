@@ -54,6 +54,14 @@ def test_the_four_examples(tmp_path: Path) -> None:
     assert difference < classical
 
 
+def test_a_model_of_your_own(tmp_path: Path) -> None:
+    out = run(tmp_path, "05_own_model.py", "--steps", "20", "--frames", "10")
+    assert "the module adds" in out
+    assert "fail" not in out
+    error = float(out.split("finite differences of the energy to ")[1].split()[0])
+    assert error < 1e-6
+
+
 @pytest.mark.slow
 def test_the_python_in_readme_runs(tmp_path: Path) -> None:
     text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")

@@ -31,6 +31,7 @@ FLOORS: dict[str, float] = {
     "record": 1,
     "models.action": 2.0,
     "models.graph": 2.0,
+    "models.examine": 2.1,
     "models.physics": 2.1,
     "models": 2.9,
     "training": 3,
@@ -46,8 +47,9 @@ FLOORS: dict[str, float] = {
     "testing": 7,
     "config": 8.0,
     "report": 8.0,
-    "demo": 8.1,
-    "cli": 8.2,
+    "project": 8.1,
+    "demo": 8.2,
+    "cli": 8.3,
 }
 
 

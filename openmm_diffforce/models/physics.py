@@ -108,16 +108,9 @@ class PhysicalModel(ActionModel):
     def __init__(self, base: BaseTables, operator: OperatorTables | None, schedule: NoiseSchedule) -> None:
         super().__init__()
         ops.load()
-        top = float(schedule.noise_to_signal(1.0))
-        levels = {"base": base.sigma_knots}
+        check_noise_range("base", base.sigma_knots, schedule)
         if operator is not None:
-            levels["operator"] = operator.sigma_knots
-        for what, knots in levels.items():
-            if knots[-1] < top * (1 - 1e-9) and not np.isclose(knots[-1], top):
-                raise InputError(
-                    f"{what}: expected noise knots up to sigma/alpha = {top:.6g} nm at t = 1, "
-                    f"found {knots[-1]:.6g}; fit more knots or narrow the schedule."
-                )
+            check_noise_range("operator", operator.sigma_knots, schedule)
         kind, sigma_max, beta_min, beta_max, length = schedule.script_args()
         self.schedule_kind = kind
         self.sigma_max = float(sigma_max)
@@ -253,6 +246,22 @@ class PhysicalModel(ActionModel):
             torch.ones_like(lam),
         )  # fmt: skip
         return gradient / alpha[:, None, None]
+
+
+def check_noise_range(what: str, sigma_knots: np.ndarray, schedule: NoiseSchedule) -> None:
+    """Noise knots must reach the schedule's noise at t = 1.
+
+    Raises
+    ------
+    InputError
+        If they do not.
+    """
+    top = float(schedule.noise_to_signal(1.0))
+    if sigma_knots[-1] < top * (1 - 1e-9) and not np.isclose(sigma_knots[-1], top):
+        raise InputError(
+            f"{what}: expected noise knots up to sigma/alpha = {top:.6g} nm at t = 1, "
+            f"found {sigma_knots[-1]:.6g}; fit more knots or narrow the schedule."
+        )
 
 
 def base_tables(model: torch.nn.Module, graph: MolecularGraph) -> BaseTables:

@@ -1,0 +1,260 @@
+"""One's own molecule, stage by stage: sample both end states, fit, simulate, lambda windows.
+
+Each stage is a folder under the project's ``out_dir`` and can be stopped and called again; the
+next stage reads what it left.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+
+from .alchemy import EndStatePair, lambda_states
+from .analysis import load_trajectory
+from .artefact import export_artefact, load_artefact
+from .config import ProjectSettings, StatesSettings, SystemParts, read_system
+from .constants import LAMBDA
+from .errors import InputError
+from .force import DiffusionForce
+from .models.action import model_fields
+from .models.physics import PhysicalModel
+from .record import write_json
+from .schedule import VESchedule
+from .systems import (
+    FloatArray,
+    bare_system,
+    clone_system,
+    forces,
+    graph_from_topology,
+    potential_energies,
+    require_unconstrained,
+)
+from .training import default_knots, fit_base_action, fit_physical_model
+from .units import thermal_energy
+from .windows import WindowRun, run_windows
+
+ENDS_DIR, SIMULATION_DIR, WINDOWS_DIR = "ends", "simulation", "windows"
+"""Folders of the stages."""
+
+MODEL_FILE, QUALITY_FILE = "model.diffforce", "quality.json"
+"""The fitted model, and how it does on held-out frames."""
+
+MOST_ATOMS = 300
+"""The physical model has a feature for every pair: beyond this size a fit takes hours."""
+
+
+def r_squared(prediction: Any, truth: Any) -> float:
+    """1 - |prediction - truth|^2 / |truth - mean|^2, the mean taken over all values.
+
+    Examples
+    --------
+    >>> r_squared([1.0, 2.0], [1.0, 2.0])
+    1.0
+    """
+    prediction, truth = np.asarray(prediction, float), np.asarray(truth, float)
+    return float(1 - ((prediction - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def fit_quality(
+    model: torch.nn.Module, system_0: openmm.System, pair: EndStatePair | None,
+    x_test: tuple[FloatArray, ...], *, temperature: float = 300.0,
+) -> dict[str, float]:  # fmt: skip
+    """Held-out R^2 of force, base action, operator and its gradient at t = 0.
+
+    Parameters
+    ----------
+    model : ActionModel
+    system_0 : openmm.System
+        End state 0, the reference.
+    pair : EndStatePair or None
+        The reference of the operator; without it only the base action is judged.
+    x_test : tuple of float arrays [n_frames, n_atoms, 3]
+        Frames of each end [nm] that the fit has not seen.
+    temperature : float
+        [K].
+    """
+    kt = thermal_energy(temperature)
+    action, gradient, _ = model_fields(model, x_test[0])
+    u = potential_energies(system_0, x_test[0]) / kt
+    found = {
+        "sigma_nm": 0.0,
+        "force_r2": r_squared(-kt * gradient, forces(system_0, x_test[0])),
+        "action_r2": r_squared(action - action.mean(), u - u.mean()),
+    }
+    if pair is not None:
+        both = np.concatenate(x_test)
+        _, gradient_1, operator = model_fields(model, both, lam=1.0)
+        _, gradient_0, _ = model_fields(model, both)
+        found["operator_r2"] = r_squared(operator, pair.operator_values(both))
+        found["operator_gradient_r2"] = r_squared(gradient_1 - gradient_0, pair.operator_gradients(both))
+    return found
+
+
+def _parts(project: ProjectSettings) -> SystemParts:
+    return read_system(project.system, project.topology, project.temperature, project.restrain_phi)
+
+
+def _with_idle_lambda(system: openmm.System) -> openmm.System:
+    """The System with a context parameter ``lambda`` that nothing depends on."""
+    out = clone_system(system)
+    idle = openmm.CustomBondForce(f"0*{LAMBDA}*r")
+    idle.addGlobalParameter(LAMBDA, 0.0)
+    idle.addEnergyParameterDerivative(LAMBDA)
+    out.addForce(idle)
+    return out
+
+
+def _run(project: ProjectSettings, folder: str, system: openmm.System, parts: SystemParts,
+         states: list[dict[str, float]], stage: Any, progress: Any, n_frames: int,
+         learned: DiffusionForce | None = None) -> WindowRun:  # fmt: skip
+    return run_windows(
+        system, parts.topology, parts.positions, states, temperature=project.temperature,
+        out_dir=project.out_dir / folder, n_frames=n_frames, interval=stage.interval,
+        n_equil=stage.n_equil, timestep=project.timestep, friction=project.friction,
+        platform=project.platform, seed=project.seed, trajectory=project.trajectory,
+        learned=learned, progress=progress,
+    )  # fmt: skip
+
+
+def sample_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
+    """Frames of the end states (or of the only state) under the force field.
+
+    Returns
+    -------
+    WindowRun
+        One trajectory per end in ``<out_dir>/ends``; the last ``n_test`` frames are for judging.
+
+    Raises
+    ------
+    DiffForceError
+        If the System cannot carry a base action, or from ``run_windows``.
+    """
+    parts = _parts(project)
+    require_unconstrained(parts.system)
+    if parts.pair is None:
+        system, states = _with_idle_lambda(parts.system), [{LAMBDA: 0.0}]
+    else:
+        system, states = parts.pair.linear_system(), lambda_states(2)
+    n_frames = project.sample.n_frames + project.sample.n_test
+    return _run(project, ENDS_DIR, system, parts, states, project.sample, progress, n_frames)
+
+
+def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
+    """Fit to the frames that :func:`sample_project` left, and write the model file.
+
+    Returns
+    -------
+    path : pathlib.Path
+        ``<out_dir>/model.diffforce``.
+    quality : dict
+        Held-out R^2 (:func:`fit_quality`) and CPU seconds; also in ``quality.json``.
+
+    Raises
+    ------
+    InputError
+        If there are no frames yet, or the molecule is too large.
+    DiffForceError
+        From the fit or the export.
+    """
+    parts = _parts(project)
+    n_atoms = parts.system.getNumParticles()
+    if n_atoms > MOST_ATOMS:
+        raise InputError(
+            f"fit: expected at most {MOST_ATOMS} atoms, found {n_atoms}; the physical model has a feature "
+            "for every pair of atoms: fit the molecule of interest alone."
+        )
+    folder, suffix = project.out_dir / ENDS_DIR, project.trajectory
+    train, test = [], []
+    for end in range(1 if parts.pair is None else 2):
+        path = folder / f"window_{end:03d}.{suffix}"
+        if not path.exists():
+            raise InputError(f"{path}: expected the frames of end state {end}, found none; run sample first.")
+        x = load_trajectory(path, folder / "topology.pdb").xyz.astype(np.float64)
+        if len(x) != project.sample.n_frames + project.sample.n_test:
+            raise InputError(
+                f"{path}: expected {project.sample.n_frames} + {project.sample.n_test} frames, found "
+                f"{len(x)}; run sample with these settings first."
+            )
+        train.append(x[: project.sample.n_frames])
+        test.append(x[project.sample.n_frames :])
+    graph, schedule = graph_from_topology(parts.topology), VESchedule(project.fit.sigma_max)
+    if parts.pair is None:
+        base = fit_base_action(
+            train[0], graph, sigma_knots=default_knots(schedule), n_draws=project.fit.n_draws,
+            generator=np.random.default_rng(project.seed),
+        )  # fmt: skip
+        model = PhysicalModel(base.tables, None, schedule)
+        training: dict[str, Any] = {"model": "PhysicalModel", "seed": project.seed,
+                                    "n_frames": [len(train[0])], "base": base.record}  # fmt: skip
+        seconds = base.record["cpu_seconds"]
+    else:
+        sites = parts.pair.perturbed_atoms if project.fit.sites is None else project.fit.sites
+        model, training = fit_physical_model(
+            train[0], parts.pair.operator_values(train[0]), train[1], parts.pair.operator_values(train[1]),
+            graph, sites, schedule, seed=project.seed, n_draws=project.fit.n_draws,
+        )  # fmt: skip
+        seconds = training["base"]["cpu_seconds"] + training["operator"]["cpu_seconds"]
+    path = project.out_dir / MODEL_FILE
+    export_artefact(model, path, graph=graph, schedule=schedule, temperature=project.temperature,
+                    training=training, frames=train[0])  # fmt: skip
+    quality = {
+        **fit_quality(load_artefact(path).model, parts.system, parts.pair, tuple(test),
+                      temperature=project.temperature),
+        "cpu_seconds": seconds,
+    }  # fmt: skip
+    write_json(project.out_dir / QUALITY_FILE, quality)
+    return path, quality
+
+
+def _learned(project: ProjectSettings, parts: SystemParts, mode: str) -> tuple[openmm.System, DiffusionForce]:
+    """The System with the learned force in it."""
+    path = project.out_dir / MODEL_FILE
+    if not path.exists():
+        raise InputError(f"{path}: expected a fitted model, found none; run fit first.")
+    force = DiffusionForce(
+        path, topology=parts.topology, mode="add" if mode == "alone" else mode,
+        temperature=project.temperature, backend=project.backend,
+    )  # fmt: skip
+    system = bare_system(parts.system) if mode == "alone" else clone_system(parts.system)
+    system.addForce(force)
+    return system, force
+
+
+def simulate_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
+    """Dynamics with the learned force at one lambda: a trajectory in ``<out_dir>/simulation``.
+
+    Raises
+    ------
+    InputError
+        If there is no model yet.
+    DiffForceError
+        From the force or ``run_windows``.
+    """
+    parts = _parts(project)
+    system, force = _learned(project, parts, project.simulate.mode)
+    states = [{force.parameter(LAMBDA): project.simulate.lam}]
+    return _run(project, SIMULATION_DIR, system, parts, states, project.simulate, progress,
+                project.simulate.n_frames, force)  # fmt: skip
+
+
+def windows_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
+    """Lambda windows under the learned operator, in ``<out_dir>/windows``.
+
+    Raises
+    ------
+    InputError
+        If there is no model yet, or only one end state.
+    DiffForceError
+        From the force or ``run_windows``.
+    """
+    parts = _parts(project)
+    if parts.pair is None:
+        raise InputError("windows: expected two end states, found one System; lambda has nothing to change.")
+    system, force = _learned(project, parts, "operator")
+    states = project.windows.states
+    if isinstance(states, StatesSettings):
+        states = lambda_states(states.n, states.power, parameter=force.parameter(LAMBDA))
+    return _run(project, WINDOWS_DIR, system, parts, states, project.windows, progress,
+                project.windows.n_frames, force)  # fmt: skip
