@@ -368,6 +368,43 @@ class DiffusionForce:
             raise InputError(f'parameter: expected "lambda", "noise" or "scale", found {name!r}.')
         return self.prefix + name
 
+    def energy_derivative(self, context: openmm.Context, parameter: str = LAMBDA) -> float:
+        """dE/dparameter of this force alone [kJ/mol] at the state of ``context``, exact.
+
+        Parameters
+        ----------
+        context : openmm.Context
+        parameter : {"lambda", "lambda_interpolate"}
+            The latter for a force that :func:`mix` crosses over: c kT S, also at its value 0.
+
+        Raises
+        ------
+        InputError
+            For another parameter.
+        NotConservativeError
+            If the model is a bare score.
+
+        Notes
+        -----
+        With the backend torchforce no other force that declares the parameter may be in this
+        force's group: OpenMM reports the sum of a group.
+        """
+        if parameter not in (LAMBDA, INTERPOLATE):
+            raise InputError(
+                f'parameter: expected "lambda" or "lambda_interpolate", found {parameter!r}; the '
+                "energy is linear in scale, and has no simple derivative in noise."
+            )
+        name = self.parameter(parameter)
+        self.require_energy(f"dE/d{parameter}")
+        return self._derivative(context, name)
+
+    def _derivative(self, context: openmm.Context, name: str) -> float:
+        raise NotImplementedError
+
+    def _cross_over(self) -> None:
+        """Scale the energy with the context parameter ``lambda_interpolate`` as well."""
+        self.interpolated = True
+
     @property
     def conservative(self) -> bool:
         """Whether the model has an energy (a bare score has none, and reports NaN)."""
@@ -387,37 +424,6 @@ class DiffusionForce:
                 "none; use it for dynamics alone, or fit a conservative model."
             )
 
-    def energy_derivative(self, context: openmm.Context, parameter: str = LAMBDA) -> float:
-        """dE/dparameter of this force alone [kJ/mol] at the state of ``context``, exact.
-
-        Parameters
-        ----------
-        context : openmm.Context
-        parameter : {"lambda", "lambda_interpolate"}
-            The latter for a force that :func:`mix` crosses over: c kT S, also at its value 0.
-
-        Raises
-        ------
-        InputError
-            For another parameter.
-        NotConservativeError
-            If the model is a bare score.
-        """
-        self.require_energy(f"dE/d{parameter}")
-        if parameter not in (LAMBDA, INTERPOLATE):
-            raise InputError(
-                f'parameter: expected "lambda" or "lambda_interpolate", found {parameter!r}; the '
-                "energy is linear in scale, and has no simple derivative in noise."
-            )
-        return self._derivative(context, self.parameter(parameter))
-
-    def _derivative(self, context: openmm.Context, name: str) -> float:
-        raise NotImplementedError
-
-    def _cross_over(self) -> None:
-        """Scale the energy with the context parameter ``lambda_interpolate`` as well."""
-        self.interpolated = True
-
     def check(self, context: openmm.Context) -> None:
         """Hold the force against the simulation that it is in.
 
@@ -431,7 +437,7 @@ class DiffusionForce:
             derivative that the backend does not give it, or, in mode "add", if constraints,
             virtual sites or massless particles lie among the model's atoms.
         InputError
-            If lambda or noise is outside its range.
+            If lambda, noise or lambda_interpolate is outside its range.
 
         Warns
         -----
@@ -451,6 +457,11 @@ class DiffusionForce:
             )
         if not 0 <= noise <= 1:
             raise InputError(f"{self.parameter(NOISE)}: expected a value in [0, 1], found {noise:g}.")
+        if self.interpolated and not 0 <= context.getParameter(INTERPOLATE) <= 1:
+            raise InputError(
+                f"{INTERPOLATE}: expected a value in [0, 1], 0 classical and 1 learned, found "
+                f"{context.getParameter(INTERPOLATE):g}."
+            )
         kelvin = _bath_temperature(context)
         if kelvin is not None and abs(kelvin - self.artefact.temperature) > TEMPERATURE_TOLERANCE:
             message = (
@@ -639,6 +650,8 @@ def mix(
         For arguments that do not fit, or a force that is in a System already.
     ModelError
         If the topology's atoms are not the model's molecule.
+    NotConservativeError
+        If a bare score is to be crossed over: there is no energy to cross over to.
     IncompatibleSystemError
         If the terms inside cannot be taken out exactly: see
         :func:`openmm_diffforce.systems.remove_subset_terms`; if the System is periodic and the
@@ -654,6 +667,9 @@ def mix(
     The result holds a learned force, so it must not be copied or deserialized. Keep ``system`` and
     ``force.manifest()``, and mix again. For a second molecule, apply ``remove_subset_terms`` for
     it first, mix, and add its force to the result.
+
+    Classical terms are not noised: at noise > 0 the mixed energy is a smoothed Hamiltonian, and
+    free energies of the molecule in its surroundings mean something at noise = 0 only.
 
     With a barostat start from whole molecules: OpenMM moves the atoms of one as they are stored.
 
@@ -710,7 +726,7 @@ def mix(
             "(topology.setPeriodicBoxVectors) before the force is built."
         )
     if interpolate:
-        force.require_energy("interpolate")
+        force.require_energy("mix(interpolate=True)")
         terms.system.addForce(_crossing_force(system, terms))
         force._cross_over()
     force.replaced = MappingProxyType(dict(terms.removed))

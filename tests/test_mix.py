@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import openmm as mm
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openmm import app, unit
@@ -19,8 +20,9 @@ from openmm_diffforce import mix
 from openmm_diffforce.alanine import TEMPERATURE, alanine_dipeptide
 from openmm_diffforce.alchemy import lambda_states
 from openmm_diffforce.constants import CLASSICAL_GROUP, INTERPOLATE, LEARNED_GROUP
-from openmm_diffforce.errors import IncompatibleSystemError, InputError, ModelError
+from openmm_diffforce.errors import IncompatibleSystemError, InputError, ModelError, NotConservativeError
 from openmm_diffforce.force import DiffusionForce, force_from_manifest
+from openmm_diffforce.models.action import ScoreModel
 from openmm_diffforce.systems import (
     CONNECTIVITY,
     SubsetTerms,
@@ -30,9 +32,12 @@ from openmm_diffforce.systems import (
     remove_subset_terms,
 )
 from openmm_diffforce.testing import assert_forces_match_energy, assert_parameter_derivative
+from openmm_diffforce.units import thermal_energy
 from openmm_diffforce.windows import run_windows
 
 from . import solvated, tiny
+from .test_own_model import Distances, Squeeze
+from .test_own_model import export as export_water
 
 REL_F64 = 1e-8
 """Relative to the energy, and to the norm of the forces, of the whole System."""
@@ -785,7 +790,12 @@ def test_crossing_over(learned: Callable[..., DiffusionForce], backend: str) -> 
         assert slope == pytest.approx(inside, rel=1e-9)
         assert_parameter_derivative(context, INTERPOLATE, slope)
     assert force.parameter(INTERPOLATE) == INTERPOLATE
+    for outside in (-0.1, 1.1, math.nan):
+        context.setParameter(INTERPOLATE, outside)
+        with pytest.raises(InputError, match="lambda_interpolate: expected"):
+            force.check(context)
     context.setParameter(INTERPOLATE, 0.4)
+    force.check(context)
     context.setParameter("a_lambda", 0.6)
     assert_parameter_derivative(context, "a_lambda", force.energy_derivative(context))
     assert_forces_match_energy(context, atoms=[0, 8, 15, 30])
@@ -890,6 +900,34 @@ def test_a_molecule_that_is_not_the_first(learned: Callable[..., DiffusionForce]
     force_b.check(context)
     action = learned_alone(learned, x, 22)[0]
     assert state_of(context)[0] == pytest.approx(only_pairs[0] + 2 * action, rel=REL_F64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_models_of_one_water(backend: str, tmp_path: Path) -> None:
+    """A plain module, crossed over; and a bare score, which has no energy to cross over to."""
+    world, water = solvated.cluster(), [22, 23, 24]
+    x = world.positions
+    path = export_water(tmp_path / "own.diffforce", Distances())
+
+    def build(path: Path) -> DiffusionForce:
+        return DiffusionForce(path, topology=world.topology, atoms=water, backend=backend)
+
+    force = build(path)
+    context = context_of(mix(world.system, world.topology, force, interpolate=True), x)
+    assert force.replaced == {"0 HarmonicBondForce": 2, "4 HarmonicAngleForce": 1}
+    context.setParameter(INTERPOLATE, 0.0)
+    assert_equal(state_of(context), fields(world.system, x))
+    context.setParameter(INTERPOLATE, 0.7)
+    assert_forces_match_energy(context, atoms=[22, 23, 24, 25])
+    score = ScoreModel(Squeeze())
+    path = export_water(tmp_path / "score.diffforce", score)
+    rest = fields(remove_subset_terms(world.system, water).system, x)[1]
+    found = state_of(context_of(mix(world.system, world.topology, build(path)), x))
+    assert math.isnan(found[0])
+    own = thermal_energy(TEMPERATURE) * Squeeze()(torch.as_tensor(x[None, water]), torch.zeros(1)).numpy()[0]
+    np.testing.assert_allclose(found[1][water], rest[water] + own, rtol=1e-6, atol=1e-6)
+    with pytest.raises(NotConservativeError, match=r"interpolate=True.*score\.diffforce"):
+        mix(world.system, world.topology, build(path), interpolate=True)
 
 
 def test_dynamics_stays_together(learned: Callable[..., DiffusionForce]) -> None:
