@@ -178,9 +178,9 @@ class FitSettings(Settings):
 class SimulateSettings(Settings):
     """Dynamics with the learned force."""
 
-    mode: Literal["operator", "alone"] = Field(
+    mode: Literal["operator", "replace"] = Field(
         default="operator",
-        description="operator: beside end state 0; alone: the learned action and restraints, nothing else",
+        description="operator: beside end state 0; replace: the learned action instead of the force field",
     )
     lam: float = Field(default=0.0, ge=0, le=1, description="lambda")
     n_frames: Count = Field(default=1000, description="frames")
@@ -491,7 +491,7 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
         for key, part in type(default).model_fields.items():
             inner = part.default.model_dump() if isinstance(part.default, Settings) else part.default
             if name == "simulate" and key == "mode" and single:
-                inner = "alone"
+                inner = "replace"
             text = (
                 part.description or "evenly spread, lambda = (k/(n-1))^power; or a list of {parameter: value}"
             )

@@ -25,7 +25,7 @@ from .config import DemoSettings
 from .constants import RECORD_FILE
 from .errors import InputError, ResumeError
 from .estimate import end_correction, estimate_free_energy, reweight, standard_score
-from .force import DiffusionForce
+from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import base_tables, outside_fraction
 from .project import fit_quality
@@ -34,7 +34,6 @@ from .report import save_figures, write_report
 from .schedule import VESchedule
 from .systems import (
     FloatArray,
-    bare_system,
     clone_system,
     forces,
     graph_from_topology,
@@ -108,11 +107,10 @@ def sample_end(
 
 def learned_base_system(case: AlanineCase, artefact: Path, *, backend: str = "auto") -> openmm.System:
     """The molecule on the learned base action alone (and the restraint its data were sampled in)."""
-    system = bare_system(case.system_0)
-    system.addForce(
-        DiffusionForce(artefact, topology=case.topology, mode="add", temperature=TEMPERATURE, backend=backend)
+    force = DiffusionForce(
+        artefact, topology=case.topology, mode="add", temperature=TEMPERATURE, backend=backend
     )
-    return system
+    return mix(case.system_0, case.topology, force)
 
 
 def nve_drift(

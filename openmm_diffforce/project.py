@@ -17,14 +17,13 @@ from .artefact import export_artefact, load_artefact
 from .config import ProjectSettings, StatesSettings, SystemParts, read_system
 from .constants import LAMBDA
 from .errors import InputError
-from .force import DiffusionForce
+from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import PhysicalModel
 from .record import write_json
 from .schedule import VESchedule
 from .systems import (
     FloatArray,
-    bare_system,
     clone_system,
     forces,
     graph_from_topology,
@@ -214,10 +213,12 @@ def _learned(project: ProjectSettings, parts: SystemParts, mode: str) -> tuple[o
     if not path.exists():
         raise InputError(f"{path}: expected a fitted model, found none; run fit first.")
     force = DiffusionForce(
-        path, topology=parts.topology, mode="add" if mode == "alone" else mode,
+        path, topology=parts.topology, mode="add" if mode == "replace" else mode,
         temperature=project.temperature, backend=project.backend,
     )  # fmt: skip
-    system = bare_system(parts.system) if mode == "alone" else clone_system(parts.system)
+    if mode == "replace":
+        return mix(parts.system, parts.topology, force), force
+    system = clone_system(parts.system)
     system.addForce(force)
     return system, force
 

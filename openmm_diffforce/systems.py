@@ -983,31 +983,6 @@ def add_flat_bottom_torsion(
     return int(system.addForce(force))
 
 
-def bare_system(system: mm.System) -> mm.System:
-    """The particles and the restraints of a System, without any of its interactions.
-
-    A restraint is a force in group :data:`~openmm_diffforce.constants.RESTRAINT_GROUP`.
-
-    Examples
-    --------
-    >>> import openmm
-    >>> system = openmm.System()
-    >>> _ = system.addParticle(12.0), system.addForce(openmm.NonbondedForce())
-    >>> bare = bare_system(system)
-    >>> bare.getNumParticles(), bare.getNumForces()
-    (1, 0)
-    """
-    _check_system(system)
-    out = mm.System()
-    for atom in range(system.getNumParticles()):
-        out.addParticle(system.getParticleMass(atom))
-    out.setDefaultPeriodicBoxVectors(*system.getDefaultPeriodicBoxVectors())
-    for force in system.getForces():
-        if force.getForceGroup() == RESTRAINT_GROUP:
-            out.addForce(mm.XmlSerializer.clone(force))
-    return out
-
-
 def seed_to_int32(rng: np.random.Generator) -> int:
     """A seed for OpenMM: positive, because OpenMM takes 0 as 'choose one from the clock'."""
     return int(rng.integers(1, 2**31 - 1))

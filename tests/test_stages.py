@@ -89,14 +89,14 @@ def test_the_model_file_knows_its_sites_and_was_examined(project):
     assert findings["equipartition ratio"] == "ok"
 
 
-@pytest.mark.parametrize("mode", ["operator", "alone"])
+@pytest.mark.parametrize("mode", ["operator", "replace"])
 def test_simulate(project, mode, tmp_path):
     content = yaml.safe_load(project.read_text())
     content["simulate"]["mode"] = mode
     path = project.parent / f"{mode}.yaml"
     path.write_text(yaml.safe_dump(content))
     result = invoke("simulate", path, "--json")
-    if mode == "alone":  # the same folder holds the other run by now
+    if mode == "replace":  # the same folder holds the other run by now
         assert result.exit_code == 1
         assert "expected a run with the same settings" in result.output
         return
@@ -138,7 +138,7 @@ def test_a_force_field_and_a_pdb_file(files, tmp_path):
     path = tmp_path / "p.yaml"
     ok("init", path, "--topology", files / "start.pdb", "--forcefield", "amber14/protein.ff14SB.xml")
     assert "windows:" not in path.read_text()
-    shorten(path, simulate={"n_frames": 2, "interval": 2, "n_equil": 2, "mode": "alone"})
+    shorten(path, simulate={"n_frames": 2, "interval": 2, "n_equil": 2, "mode": "replace"})
     ok("sample", path, "--quiet")
     with mock.patch.dict(training.N_COEFS, dict.fromkeys(training.N_COEFS, 5)):
         assert "operator" not in ok("fit", path).replace("held-out", "").split("Now:")[0]
