@@ -368,6 +368,25 @@ class DiffusionForce:
             raise InputError(f'parameter: expected "lambda", "noise" or "scale", found {name!r}.')
         return self.prefix + name
 
+    @property
+    def conservative(self) -> bool:
+        """Whether the model has an energy (a bare score has none, and reports NaN)."""
+        return bool(self.artefact.metadata["conservative"])
+
+    def require_energy(self, what: str) -> None:
+        """Refuse a model without an energy.
+
+        Raises
+        ------
+        NotConservativeError
+            If the model is a bare score; ``what`` names the use in the message.
+        """
+        if not self.conservative:
+            raise NotConservativeError(
+                f"{what}: needs an energy, and {self.artefact.path.name} holds a bare score, which has "
+                "none; use it for dynamics alone, or fit a conservative model."
+            )
+
     def energy_derivative(self, context: openmm.Context, parameter: str = LAMBDA) -> float:
         """dE/dparameter of this force alone [kJ/mol] at the state of ``context``, exact.
 
@@ -389,14 +408,13 @@ class DiffusionForce:
         With the backend torchforce no other force that declares the parameter may be in this
         force's group: OpenMM reports the sum of a group.
         """
+        self.require_energy(f"dE/d{parameter}")
         if parameter not in (LAMBDA, INTERPOLATE):
             raise InputError(
                 f'parameter: expected "lambda" or "lambda_interpolate", found {parameter!r}; the '
                 "energy is linear in scale, and has no simple derivative in noise."
             )
-        name = self.parameter(parameter)
-        self.require_energy(f"dE/d{parameter}")
-        return self._derivative(context, name)
+        return self._derivative(context, self.parameter(parameter))
 
     def _derivative(self, context: openmm.Context, name: str) -> float:
         raise NotImplementedError
@@ -404,25 +422,6 @@ class DiffusionForce:
     def _cross_over(self) -> None:
         """Scale the energy with the context parameter ``lambda_interpolate`` as well."""
         self.interpolated = True
-
-    @property
-    def conservative(self) -> bool:
-        """Whether the model has an energy (a bare score has none, and reports NaN)."""
-        return bool(self.artefact.metadata["conservative"])
-
-    def require_energy(self, what: str) -> None:
-        """Refuse a model without an energy.
-
-        Raises
-        ------
-        NotConservativeError
-            If the model is a bare score; ``what`` names the use in the message.
-        """
-        if not self.conservative:
-            raise NotConservativeError(
-                f"{what}: needs an energy, and {self.artefact.path.name} holds a bare score, which has "
-                "none; use it for dynamics alone, or fit a conservative model."
-            )
 
     def check(self, context: openmm.Context) -> None:
         """Hold the force against the simulation that it is in.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openmm_diffforce import demo, training
+from openmm_diffforce import demo, project, training
 from openmm_diffforce.config import DemoSettings
 from openmm_diffforce.errors import ResumeError
 
@@ -38,5 +38,5 @@ def test_demo_runs_resumes_and_refuses(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_r_squared_of_the_mean_is_zero() -> None:
     truth = np.array([1.0, 2.0, 4.0])
-    assert demo.r_squared(np.full(3, truth.mean()), truth) == pytest.approx(0.0)
-    assert demo.r_squared(truth, truth) == 1.0
+    assert project.r_squared(np.full(3, truth.mean()), truth) == pytest.approx(0.0)
+    assert project.r_squared(truth, truth) == 1.0
