@@ -37,5 +37,9 @@ class ResumeError(DiffForceError):
     """A run on disk cannot be resumed: it was made with other inputs or settings."""
 
 
+class WorkerError(DiffForceError):
+    """A worker process ended without a result: killed, out of memory, or unable to start."""
+
+
 class MissingDependencyError(DiffForceError, ImportError):
     """An optional package or compiled part is absent; the message has the command that mends it."""
