@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .artefact import export_artefact as export_artefact
     from .artefact import load_artefact as load_artefact
     from .errors import DiffForceError as DiffForceError
+    from .exchange import run_expanded_ensemble as run_expanded_ensemble
+    from .exchange import run_replica_exchange as run_replica_exchange
     from .force import DiffusionForce as DiffusionForce
     from .force import force_from_manifest as force_from_manifest
     from .models.action import ActionModel as ActionModel
@@ -43,6 +45,8 @@ _HOME = {
     "graph_from_topology": "systems",
     "lambda_states": "alchemy",
     "load_artefact": "artefact",
+    "run_expanded_ensemble": "exchange",
+    "run_replica_exchange": "exchange",
     "run_windows": "windows",
 }
 
