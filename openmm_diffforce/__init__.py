@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .models.action import ActionModel as ActionModel
     from .models.graph import MolecularGraph as MolecularGraph
     from .models.physics import PhysicalModel as PhysicalModel
+    from .reporters import DomainReporter as DomainReporter
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
     from .systems import graph_from_topology as graph_from_topology
@@ -33,6 +34,7 @@ _HOME = {
     "ActionModel": "models.action",
     "DiffForceError": "errors",
     "DiffusionForce": "force",
+    "DomainReporter": "reporters",
     "EndStatePair": "alchemy",
     "MolecularGraph": "models.graph",
     "PhysicalModel": "models.physics",

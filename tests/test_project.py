@@ -44,6 +44,7 @@ FLOORS: dict[str, float] = {
     "workers": 5.6,
     "windows": 6,
     "exchange": 6.1,
+    "reporters": 6,
     "estimate": 6,
     "analysis": 6,
     "testing": 7,
