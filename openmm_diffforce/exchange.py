@@ -30,6 +30,7 @@ import numpy.typing as npt
 import openmm as mm
 from openmm import app, unit
 
+from .constants import EXCHANGE_FILE
 from .errors import ConvergenceError, IncompatibleSystemError, InputError, ResumeError
 from .estimate import statistical_inefficiency
 from .runs import (
@@ -68,9 +69,6 @@ from .units import thermal_energy
 from .windows import WindowRun
 
 IntArray = npt.NDArray[np.int64]
-
-RESULT_FILE = "exchange.npz"
-"""Energies and states of every walker; its presence says that the run is finished."""
 
 PARTS_DIR = "exchange.parts"
 """Parts and the checkpoint of a run at work."""
@@ -457,12 +455,12 @@ class _Walk:
         return row
 
     def go(self, stop: Stop, count: Callable[[int], None]) -> dict[str, Any]:
-        """Do what is left; the arrays of :data:`RESULT_FILE`."""
+        """Do what is left; the arrays of ``EXCHANGE_FILE``."""
         n_iterations = self.settings["n_iterations"]
-        if (self.folder / RESULT_FILE).exists():
+        if (self.folder / EXCHANGE_FILE).exists():
             shutil.rmtree(self.parts, ignore_errors=True)
             count(n_iterations * self.n_walkers)
-            return read_npz(self.folder / RESULT_FILE)
+            return read_npz(self.folder / EXCHANGE_FILE)
         self.parts.mkdir(exist_ok=True)
         try:
             self._load()
@@ -585,7 +583,7 @@ class _Walk:
                     times[n],
                 )  # fmt: skip
         result = {**arrays, **self.totals()}
-        write_npz(self.folder / RESULT_FILE, **result)
+        write_npz(self.folder / EXCHANGE_FILE, **result)
         shutil.rmtree(self.parts)
         return result
 
@@ -606,7 +604,7 @@ class _Walk:
         state = found["state"]
         if found["u"].shape != (s["n_iterations"], self.n_walkers, n_states):
             raise ResumeError(
-                f"{self.folder / RESULT_FILE}: expected {s['n_iterations']} iterations of "
+                f"{self.folder / EXCHANGE_FILE}: expected {s['n_iterations']} iterations of "
                 f"{self.n_walkers} walkers, found {found['u'].shape}; remove it to begin again."
             )
         iteration, replica = np.indices(state.shape).reshape(2, -1)
@@ -625,7 +623,7 @@ class _Walk:
         trajectories = tuple(p for p in paths if p.exists())
         write_results(
             self.what, self.folder, self.inputs, u_nk, dhdl,
-            [*trajectories, self.folder / RESULT_FILE], swaps=swaps.to_dict(),
+            [*trajectories, self.folder / EXCHANGE_FILE], swaps=swaps.to_dict(),
         )  # fmt: skip
         return ExchangeRun(
             u_nk=u_nk,
