@@ -7,8 +7,10 @@ confident wrong numbers on ensembles that do not meet. Nothing here needs OpenMM
 import logging
 import math
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit, log_expit, logsumexp
 
+from .constants import EXCHANGE_FILE
 from .errors import ConvergenceError, InputError, PoorOverlapError, UnitsError
 from .units import KJ_PER_KCAL, thermal_energy
 
@@ -263,6 +266,45 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         table.columns = pd.Index(tuples, tupleize_cols=False)
     _check_attrs(table, str(path))
     return table
+
+
+def read_replicas(folder: str | os.PathLike[str]) -> npt.NDArray[np.int64] | None:
+    """Replica of each row of a run's ``u_nk``; None if the folder holds no run with exchange.
+
+    Raises
+    ------
+    InputError
+        If the file with the walks is damaged.
+    """
+    path = Path(folder) / EXCHANGE_FILE
+    if not path.exists():
+        return None
+    try:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as found:
+            state = found["state"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as err:
+        raise InputError(f"{path}: expected the walks of an exchange run, found {err}.") from err
+    return table_order(state)[1]
+
+
+def table_order(
+    state_of_replica: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """How walks, (n_iterations, n_replicas), become rows: by state, then by time.
+
+    Returns
+    -------
+    order, replica, iteration : numpy.ndarray, shape (n_rows,)
+        Index into the flattened walks, and replica and iteration of each row.
+
+    Examples
+    --------
+    >>> [v.tolist() for v in table_order(np.array([[0, 1], [1, 0]]))]
+    [[0, 3, 1, 2], [0, 1, 1, 0], [0, 1, 0, 1]]
+    """
+    iteration, replica = np.indices(state_of_replica.shape).reshape(2, -1)
+    order = np.lexsort((iteration, state_of_replica.ravel()))
+    return order, replica[order], iteration[order]
 
 
 def _check_attrs(table: pd.DataFrame, name: str) -> float:

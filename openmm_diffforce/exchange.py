@@ -32,7 +32,7 @@ from openmm import app, unit
 
 from .constants import EXCHANGE_FILE
 from .errors import ConvergenceError, IncompatibleSystemError, InputError, ResumeError
-from .estimate import statistical_inefficiency
+from .estimate import statistical_inefficiency, table_order
 from .runs import (
     TOPOLOGY_FILE,
     EnergyDerivatives,
@@ -57,6 +57,7 @@ from .runs import (
 from .systems import (
     FloatArray,
     blow_up_error,
+    check_frames,
     check_positive,
     describe,
     get_platform,
@@ -471,9 +472,11 @@ class _Walk:
                 self.n_done += 1
                 self.n_steps += self.settings["steps_per_iteration"] * self.n_walkers
                 end = self.n_done == n_iterations
-                self.save(end or stop.requested)
+                # Asked once: a Ctrl-C between saving and stopping would lose what came since.
+                stopping = stop.requested
+                self.save(end or stopping)
                 count(self.n_walkers)
-                if not end:
+                if stopping and not end:
                     stop.check(self.folder)
         except ConvergenceError as err:
             err.add_note(f"What was computed before is kept in {self.folder}.")
@@ -539,6 +542,13 @@ class _Walk:
             if old != path:
                 old.unlink()
         self.last_saved = time.monotonic()
+
+    def _save_or_stop(self, stop: Stop) -> None:
+        # Asked once: a Ctrl-C between saving and stopping would lose what came since.
+        stopping = stop.requested
+        self.save(stopping)
+        if stopping:
+            stop.check(self.folder)
 
     def _load(self) -> None:
         found = sorted(self.parts.glob("checkpoint_*.npz"))
@@ -607,12 +617,11 @@ class _Walk:
                 f"{self.folder / EXCHANGE_FILE}: expected {s['n_iterations']} iterations of "
                 f"{self.n_walkers} walkers, found {found['u'].shape}; remove it to begin again."
             )
-        iteration, replica = np.indices(state.shape).reshape(2, -1)
-        order = np.lexsort((iteration, state.ravel()))
+        order, replica, iteration = table_order(state)
         u_nk, dhdl = make_tables(
             self.inputs,
             state.ravel()[order],
-            self._times()[iteration[order]],
+            self._times()[iteration],
             found["u"].reshape(-1, n_states)[order],
             found["dhdl"].reshape(-1, len(self.inputs.names))[order] if s["dhdl"] else None,
         )
@@ -636,7 +645,7 @@ class _Walk:
             n_steps=self.n_steps,
             seconds=time.monotonic() - started,
             swaps=swaps,
-            replica=replica[order],
+            replica=replica,
             weights=found.get("weights"),
         )
 
@@ -683,8 +692,7 @@ class _Replicas(_Walk):
             self._checked(functools.partial(self.sampler.simulateReplica, k, s["n_equil"]))
             self.n_steps += s["n_equil"]
             self.n_ready = k + 1
-            self.save(stop.requested)
-            stop.check(self.folder)
+            self._save_or_stop(stop)
 
     def iterate(self) -> dict[str, Any]:
         self.sampler.simulate(1)
@@ -754,8 +762,7 @@ class _Expanded(_Walk):
             while self.n_adapted < s["n_adapt"]:
                 self._checked(lambda: self._step(self.sampler))
                 self.n_adapted += 1
-                self.save(stop.requested)
-                stop.check(self.folder)
+                self._save_or_stop(stop)
         if self.n_done == 0 and (self.weights is None or self.sampler is None):
             state = 0 if self.sampler is None else self.sampler.currentStateIndex
             if self.weights is None:
@@ -996,8 +1003,9 @@ def run_expanded_ensemble(
         As :func:`run_replica_exchange`.
     """
     _check_states(states)
-    if len(np.shape(positions)) == 3 and np.shape(positions)[0] != 1:
-        raise InputError(f"positions: expected one frame for one walker, found {np.shape(positions)[0]}.")
+    n_starts = len(check_frames(positions, system.getNumParticles()))
+    if n_starts != 1:
+        raise InputError(f"positions: expected one frame for one walker, found {n_starts}.")
     fixed = None
     if weights is not None:
         fixed = [float(w) for w in weights]

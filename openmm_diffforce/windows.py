@@ -326,13 +326,15 @@ class _Run:
             self._steps(context, s["interval"], f"{what}, frame {n}", stop)
             rows.append(self._frame(context, k, f"{what}, frame {n}"))
             end = n + 1 == s["n_frames"]
-            if end or stop.requested or time.monotonic() - last > self.checkpoint_seconds:
+            # Asked once: a Ctrl-C between saving and stopping would lose what came since.
+            stopping = stop.requested
+            if end or stopping or time.monotonic() - last > self.checkpoint_seconds:
                 self._save_part(context, parts, n_parts, rows)
                 n_parts += 1
                 rows = []
                 last = time.monotonic()
             report(1)
-            if not end:
+            if stopping and not end:
                 stop.check(self.folder)
 
     def _steps(self, context: mm.Context, n: int, what: str, stop: Stop) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from openmm_diffforce.alchemy import lambda_states
 from openmm_diffforce.errors import ConvergenceError, InputError, NotConservativeError, ResumeError
-from openmm_diffforce.estimate import estimate_free_energy
+from openmm_diffforce.estimate import estimate_free_energy, read_replicas
 from openmm_diffforce.exchange import (
     count_round_trips,
     exchange_states,
@@ -172,7 +174,6 @@ def test_replica_exchange_keeps_every_ensemble(tmp_path: Path) -> None:
     assert (swaps.occupancy == 0.25).all()
     assert (swaps.neighbour_acceptance > 0.1).all()
     assert swaps.round_trips.sum() > 50
-    # The mean acceptance of a pair is that of the Metropolis rule over the frames of both.
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["what"] == "replica exchange"
     assert record["swaps"]["round_trips"] == swaps.round_trips.tolist()
@@ -229,12 +230,20 @@ def test_errors_follow_replicas() -> None:
     assert 0.7 * spread < np.mean(by_replica) < 1.4 * spread
 
 
-def test_wrong_replica_labels(tmp_path: Path) -> None:
+def test_replica_labels_of_a_run(tmp_path: Path) -> None:
     result = run(tmp_path, n_iterations=30)
+    assert np.array_equal(read_replicas(tmp_path), result.replica)
+    for k in range(3):  # rows of state k, in order of time
+        where = np.argmax(result.swaps.state_of_replica == k, axis=1)
+        assert np.array_equal(result.replica[30 * k : 30 * (k + 1)], where)
+    assert read_replicas(tmp_path.parent) is None
     with pytest.raises(InputError, match="replica"):
         estimate_free_energy(result.u_nk, replica=result.replica[:-1])
     with pytest.raises(InputError, match="replica"):
         estimate_free_energy(result.u_nk, replica=result.replica.astype(float))
+    (tmp_path / "exchange.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="walks"):
+        read_replicas(tmp_path)
 
 
 # --------------------------------------------------------------------------------------- restart
@@ -264,6 +273,19 @@ def test_resumed_exchange_is_bit_by_bit_the_uninterrupted_one(tmp_path: Path, cu
     again = run(tmp_path / "cut")
     assert again.n_steps == 0
     same(whole, again)
+
+
+def test_ctrl_c_saves_the_iteration_and_resumes(tmp_path: Path) -> None:
+    def press(done: int, total: int) -> None:
+        if done == 3 * 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt, match="same call resumes"):
+        run(tmp_path / "cut", progress=press)
+    resumed = run(tmp_path / "cut")
+    assert resumed.n_steps == 3 * 20 * 6  # the iteration under way was finished and saved
+    same(whole, resumed)
 
 
 class Killed(BaseException):
