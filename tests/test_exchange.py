@@ -161,6 +161,8 @@ def check_ensembles(result: Any) -> None:
         assert abs(z_variance) < 4
         u = 0.5 * stiffness * ((x - 0.1 * lam) ** 2).sum(axis=1)
         assert np.allclose(result.u_nk.xs(lam, level="lambdas")[lam], u, atol=1e-3)
+        slope = math.log(4.0) * u - 0.1 * stiffness * (x - 0.1 * lam).sum(axis=1)
+        assert np.allclose(result.dHdl.xs(lam, level="lambdas")["dHdl"], slope, atol=2e-3)
 
 
 def test_replica_exchange_keeps_every_ensemble(tmp_path: Path) -> None:
@@ -178,6 +180,19 @@ def test_replica_exchange_keeps_every_ensemble(tmp_path: Path) -> None:
     assert record["what"] == "replica exchange"
     assert record["swaps"]["round_trips"] == swaps.round_trips.tolist()
     assert record["files_sha256"].keys() >= {"u_nk", "dHdl", "state_000", "exchange"}
+
+
+def test_command_line_follows_replicas(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from openmm_diffforce.cli import app
+
+    result = run(tmp_path, n_iterations=100, steps_per_iteration=100, timestep=0.004, friction=10.0)
+    shown = CliRunner().invoke(app, ["estimate", str(tmp_path), "--json"])
+    found = json.loads(shown.stdout)["estimates"]["MBAR"]["kT"]["error"]
+    expected = estimate_free_energy(result.u_nk, result.dHdl, replica=result.replica).d_delta_f
+    assert found == pytest.approx(expected)
+    assert found != estimate_free_energy(result.u_nk, result.dHdl).d_delta_f
 
 
 def test_expanded_ensemble_keeps_every_ensemble(tmp_path: Path) -> None:
