@@ -8,12 +8,13 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 import openmm as mm
+import torch
 
 from .constants import NOISE
 from .errors import DomainError, InputError
 from .force import DiffusionForce
 from .models.graph import MolecularGraph
-from .models.physics import base_tables, internal_values
+from .models.physics import BaseTables, base_tables, internal_values
 from .ops import TORSION
 from .systems import FloatArray, check_positive
 
@@ -60,7 +61,7 @@ class DomainReporter:
     Parameters
     ----------
     force : DiffusionForce
-        Of a PhysicalModel.
+        Of a PhysicalModel, or of a model that holds one.
     report_interval : int
         Steps between looks.
     file : path or text stream, optional
@@ -91,7 +92,8 @@ class DomainReporter:
     Notes
     -----
     The range is that of the noise level nearest to the force's noise parameter. Torsions are
-    periodic and have no outside. A residual network on top of the physical model is not judged.
+    periodic and have no outside. Of a model that holds a PhysicalModel (a residual network on top of
+    one) that part is judged.
 
     Examples
     --------
@@ -118,7 +120,7 @@ class DomainReporter:
         self.min_frames = check_positive("min_frames", min_frames, integer=True)
         self.force, self.threshold, self.action = force, float(threshold), action
         graph = force.artefact.graph
-        self._base = base_tables(force.artefact.model, graph)
+        self._base = _physical_tables(force.artefact.model, graph)
         self._labels = graph.names or tuple(map(str, range(graph.n_atoms)))
         self._parent = _parents(graph)
         role = np.array(self._base.coordinates.role)
@@ -221,6 +223,20 @@ class DomainReporter:
         if self._file is not None:
             self._file.write(",".join(cells) + "\n")
             self._file.flush()
+
+
+def _physical_tables(model: torch.nn.Module, graph: MolecularGraph) -> BaseTables:
+    """Tables of the physical model, which may be a part of another one (a residual network's base)."""
+    for part in model.modules():
+        if "base_sigma" in dict(part.named_buffers(recurse=False)):
+            return base_tables(part, graph)
+    try:
+        return base_tables(model, graph)
+    except InputError as err:
+        raise InputError(
+            "force: expected a model that is or holds a PhysicalModel, whose splines have a training "
+            f"range, found {type(model).__name__}; other models do not say where they were trained."
+        ) from err
 
 
 def _parents(graph: MolecularGraph) -> list[tuple[int, int]]:

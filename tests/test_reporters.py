@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import openmm as mm
 import pytest
+import torch
 from openmm import app
 
 from openmm_diffforce.errors import DomainError, InputError
 from openmm_diffforce.force import DiffusionForce
 from openmm_diffforce.models.physics import outside_fraction
-from openmm_diffforce.reporters import DomainReporter
+from openmm_diffforce.reporters import DomainReporter, _physical_tables
 from openmm_diffforce.systems import clone_system
 
 from . import tiny
@@ -131,6 +132,25 @@ def test_the_range_follows_the_noise(tmp_path: Path) -> None:
     look(made, reporter, x)
     clean, noised = (sum(r[role] for role in reporter.roles) for r in reporter.rows)
     assert noised < clean
+
+
+class Residual(torch.nn.Module):
+    """Something on top of a physical model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = tiny.model()
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        return self.base(x, t, lam) + self.weight * x.sum()
+
+
+def test_physical_part_of_another_model() -> None:
+    found = _physical_tables(torch.jit.script(Residual()), tiny.graph())
+    assert np.array_equal(found.grid, tiny.tables()[0].grid)
+    with pytest.raises(InputError, match="holds a PhysicalModel"):
+        _physical_tables(torch.nn.Linear(1, 1), tiny.graph())
 
 
 @pytest.mark.parametrize(
