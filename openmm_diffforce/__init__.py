@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .artefact import export_artefact as export_artefact
     from .artefact import load_artefact as load_artefact
     from .errors import DiffForceError as DiffForceError
+    from .exchange import run_expanded_ensemble as run_expanded_ensemble
+    from .exchange import run_replica_exchange as run_replica_exchange
     from .force import DiffusionForce as DiffusionForce
     from .force import force_from_manifest as force_from_manifest
     from .force import mix as mix
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .models.examine import examine_model as examine_model
     from .models.graph import MolecularGraph as MolecularGraph
     from .models.physics import PhysicalModel as PhysicalModel
+    from .reporters import DomainReporter as DomainReporter
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
     from .systems import graph_from_topology as graph_from_topology
@@ -37,6 +40,7 @@ _HOME = {
     "AutogradAction": "models.action",
     "DiffForceError": "errors",
     "DiffusionForce": "force",
+    "DomainReporter": "reporters",
     "EndStatePair": "alchemy",
     "MolecularGraph": "models.graph",
     "PhysicalModel": "models.physics",
@@ -53,6 +57,8 @@ _HOME = {
     "load_artefact": "artefact",
     "mix": "force",
     "model_fields": "models.action",
+    "run_expanded_ensemble": "exchange",
+    "run_replica_exchange": "exchange",
     "run_windows": "windows",
 }
 

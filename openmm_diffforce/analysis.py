@@ -709,3 +709,40 @@ def delta_f_figure(values: Mapping[str, tuple[float, float]], *, reference: str 
     axes.set_ylim(len(values) - 0.4, -0.7)
     axes.set_xlabel("Delta f [kT]")
     return figure
+
+
+def replica_figure(state_of_replica: Any, *, n_shown: int = 6) -> Any:
+    """Replicas on their way through the states, against the iteration, one band each.
+
+    Parameters
+    ----------
+    state_of_replica : array_like of int, shape (n_iterations, n_replicas)
+    n_shown : int
+        Replicas drawn, spread evenly over all.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InputError
+        For an array of another shape.
+    """
+    states = np.asarray(state_of_replica)
+    if states.ndim != 2 or states.size == 0 or not np.issubdtype(states.dtype, np.integer) or n_shown < 1:
+        raise InputError(
+            "state_of_replica: expected integers of shape (n_iterations, n_replicas), found "
+            f"{states.dtype} {states.shape}."
+        )
+    shown = sorted({int(i) for i in np.linspace(0, states.shape[1] - 1, n_shown).round()})
+    figure, _ = _new_figure(width=8.0, height=0.6 + 0.75 * len(shown))
+    figure.clear()
+    top = int(states.max())
+    for axes, i in zip(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown, strict=True):
+        axes.plot(states[:, i], linewidth=0.7, drawstyle="steps-post")
+        axes.set_ylim(-0.5, top + 0.5)
+        axes.set_yticks([0, top])
+        axes.set_ylabel(f"replica {i}", fontsize=8)
+    axes.set_xlabel("iteration")
+    return figure

@@ -580,12 +580,13 @@ def estimate(
 ) -> None:
     """Free-energy difference of a window run by MBAR, BAR and TI, behind an overlap gate."""
     from .constants import DHDL_FILE, U_NK_FILE
-    from .estimate import MIN_OVERLAP, estimate_free_energy, read_table
+    from .estimate import MIN_OVERLAP, estimate_free_energy, read_replicas, read_table
 
     dhdl = read_table(run / DHDL_FILE) if (run / DHDL_FILE).exists() else None
     result = estimate_free_energy(
         read_table(run / U_NK_FILE),
         dhdl,
+        replica=read_replicas(run),
         decorrelate=decorrelate,
         min_overlap=MIN_OVERLAP if min_overlap is None else min_overlap,
     )

@@ -136,6 +136,7 @@ class WindowsSettings(Settings):
     seed: Seed = 0
     minimize: bool = True
     trajectory: Literal["dcd", "xtc"] | None = "dcd"
+    n_workers: Count = Field(default=1, description="processes that share the windows")
     out_dir: Path
 
     @model_validator(mode="after")
@@ -551,7 +552,7 @@ def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
         **settings.model_dump(
             include={
                 "temperature", "n_frames", "interval", "n_equil", "timestep", "friction",
-                "platform", "seed", "minimize", "trajectory", "out_dir",
+                "platform", "seed", "minimize", "trajectory", "n_workers", "out_dir",
             }
         ),
     }  # fmt: skip

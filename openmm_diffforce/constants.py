@@ -30,5 +30,8 @@ U_NK_FILE = "u_nk.parquet"
 DHDL_FILE = "dHdl.parquet"
 """dH/dlambda of a window run, alchemlyb standard form, reduced units."""
 
+EXCHANGE_FILE = "exchange.npz"
+"""Energies and states of every walker of an exchange run; its presence says that it is finished."""
+
 RECORD_FILE = "record.json"
 """What was run: versions, seeds, settings, hashes."""

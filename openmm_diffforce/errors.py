@@ -33,8 +33,16 @@ class ConvergenceError(DiffForceError):
     """A fit or estimator did not converge, or was given too little data."""
 
 
+class DomainError(DiffForceError):
+    """A simulation left the range of geometries that its model was trained on."""
+
+
 class ResumeError(DiffForceError):
     """A run on disk cannot be resumed: it was made with other inputs or settings."""
+
+
+class WorkerError(DiffForceError):
+    """A worker process ended without a result: killed, out of memory, or unable to start."""
 
 
 class MissingDependencyError(DiffForceError, ImportError):

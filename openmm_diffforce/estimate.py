@@ -7,8 +7,10 @@ confident wrong numbers on ensembles that do not meet. Nothing here needs OpenMM
 import logging
 import math
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit, log_expit, logsumexp
 
+from .constants import EXCHANGE_FILE
 from .errors import ConvergenceError, InputError, PoorOverlapError, UnitsError
 from .units import KJ_PER_KCAL, thermal_energy
 
@@ -265,6 +268,45 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     return table
 
 
+def read_replicas(folder: str | os.PathLike[str]) -> npt.NDArray[np.int64] | None:
+    """Replica of each row of a run's ``u_nk``; None if the folder holds no run with exchange.
+
+    Raises
+    ------
+    InputError
+        If the file with the walks is damaged.
+    """
+    path = Path(folder) / EXCHANGE_FILE
+    if not path.exists():
+        return None
+    try:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as found:
+            state = found["state"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as err:
+        raise InputError(f"{path}: expected the walks of an exchange run, found {err}.") from err
+    return table_order(state)[1]
+
+
+def table_order(
+    state_of_replica: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """How walks, (n_iterations, n_replicas), become rows: by state, then by time.
+
+    Returns
+    -------
+    order, replica, iteration : numpy.ndarray, shape (n_rows,)
+        Index into the flattened walks, and replica and iteration of each row.
+
+    Examples
+    --------
+    >>> [v.tolist() for v in table_order(np.array([[0, 1], [1, 0]]))]
+    [[0, 3, 1, 2], [0, 1, 1, 0], [0, 1, 0, 1]]
+    """
+    iteration, replica = np.indices(state_of_replica.shape).reshape(2, -1)
+    order = np.lexsort((iteration, state_of_replica.ravel()))
+    return order, replica[order], iteration[order]
+
+
 def _check_attrs(table: pd.DataFrame, name: str) -> float:
     missing = [key for key in ("temperature", "energy_unit") if key not in table.attrs]
     if missing:
@@ -422,6 +464,7 @@ def estimate_free_energy(
     u_nk: pd.DataFrame,
     dHdl: pd.DataFrame | None = None,
     *,
+    replica: Any = None,
     decorrelate: bool = True,
     min_overlap: float = MIN_OVERLAP,
     min_samples: int = MIN_SAMPLES,
@@ -438,6 +481,10 @@ def estimate_free_energy(
     dHdl : pandas.DataFrame, optional
         Reduced dH/dlambda [kT] of the same frames; gives TI (trapezoid rule: its error does not
         hold the error of the rule).
+    replica : array_like of int, shape (n_rows,), optional
+        Replica that each row comes from (``ExchangeRun.replica``). With exchange a slow change
+        travels from state to state with its replica: errors then follow each replica in time,
+        and ``inefficiency`` is the replicas' mean.
     decorrelate : bool
         Let errors account for correlation in time. Without it they are too small.
     min_overlap : float
@@ -480,6 +527,7 @@ def estimate_free_energy(
     if len(sampled) < 2:
         raise InputError("u_nk: expected samples of at least two states, found one.")
     slopes = _check_dhdl(dHdl, u_nk, table)
+    walkers = _check_replica(replica, table)
     columns = [table.frame.columns[k] for k in sampled]
     u = table.frame.to_numpy(dtype=np.float64)[:, sampled]
     n_k = np.array([len(table.rows(k)) for k in sampled])
@@ -488,6 +536,14 @@ def estimate_free_energy(
             f"state {columns[int(n_k.argmin())]}: expected at least {max(min_samples, 2)} frames, "
             f"found {n_k.min()}; run longer windows."
         )
+
+    def correlated(influence: FloatArray) -> tuple[float, FloatArray]:
+        if walkers is None:
+            return _correlated_error(influence, n_k, decorrelate)
+        order, n_walker = walkers
+        error, g = _correlated_error(influence[order], n_walker, decorrelate)
+        return error, np.full(len(n_k), np.average(g, weights=n_walker))
+
     bar_value = 0.0
     bounds = np.concatenate([[0], np.cumsum(n_k)])
     # Neighbouring pairs share a window: their errors are added sample by sample.
@@ -513,7 +569,7 @@ def estimate_free_energy(
     f_k = np.asarray(mbar.f_k, dtype=np.float64)
     p_kn, _ = _posteriors(u.T, f_k, n_k)
     psi = _mbar_influence(p_kn, n_k)
-    pairs = [_correlated_error(psi[k], n_k, decorrelate) for k in range(1, len(columns))]
+    pairs = [correlated(psi[k]) for k in range(1, len(columns))]
     d_f_k = np.array([0.0, *(error for error, _ in pairs)])
     inefficiency = pairs[-1][1]
     n_decorrelated = np.floor(n_k / inefficiency).astype(np.int64)
@@ -527,7 +583,7 @@ def estimate_free_energy(
         )
     estimates = {
         "MBAR": Estimate("MBAR", float(f_k[-1] - f_k[0]), float(d_f_k[-1]), temperature),
-        "BAR": Estimate("BAR", bar_value, _correlated_error(influence, n_k, decorrelate)[0], temperature),
+        "BAR": Estimate("BAR", bar_value, correlated(influence)[0], temperature),
     }
     means = errors = None
     if slopes is not None:
@@ -548,10 +604,12 @@ def estimate_free_energy(
             ]
         )
         ti_influence = (slopes * np.repeat(weight / n_k[:, None], n_k, axis=0)).sum(axis=1)
+        # Of each state's mean, so that a replica's series does not jump with its states.
+        centre = [part.mean() for part in np.split(ti_influence, np.cumsum(n_k)[:-1])]
         estimates["TI"] = Estimate(
             "TI",
             float((weight * means).sum()),
-            _correlated_error(ti_influence, n_k, decorrelate)[0],
+            correlated(ti_influence - np.repeat(centre, n_k))[0],
             temperature,
         )
     return FreeEnergyEstimate(
@@ -569,6 +627,24 @@ def estimate_free_energy(
         dhdl=means,
         d_dhdl=errors,
     )
+
+
+def _check_replica(replica: Any, table: _Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    """Rows of the sorted table ordered by replica, then time; and the number of rows of each."""
+    if replica is None:
+        return None
+    labels = np.asarray(replica)
+    if labels.shape != (len(table.order),) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"replica: expected one integer per row of u_nk ({len(table.order)}), found "
+            f"{labels.dtype} {labels.shape}; take it from the run that u_nk is from."
+        )
+    labels = labels[table.order]
+    times = table.frame.index.get_level_values(0).to_numpy(dtype=np.float64)
+    counts = np.unique(labels, return_counts=True)[1]
+    if counts.min() < 2:
+        raise InputError("replica: expected at least two frames of every replica, found one.")
+    return np.lexsort((times, labels)), counts
 
 
 def _check_dhdl(dhdl: pd.DataFrame | None, u_nk: pd.DataFrame, table: _Table) -> FloatArray | None:

@@ -383,8 +383,8 @@ class DiffusionForce:
         """
         if not self.conservative:
             raise NotConservativeError(
-                f"{what}: needs an energy, and {self.artefact.path.name} holds a bare score, which has "
-                "none; use it for dynamics alone, or fit a conservative model."
+                f"{what}: needs an energy, and {self.artefact.path.name} holds a bare score (conservative = "
+                "False), which has none; use it for dynamics alone, or fit a conservative model."
             )
 
     def energy_derivative(self, context: openmm.Context, parameter: str = LAMBDA) -> float:
@@ -534,6 +534,7 @@ class DiffusionForce:
             "mode": self.mode,
             "prefix": self.prefix,
             "backend": self.backend,
+            "interpolated": self.interpolated,
         }
 
 
@@ -590,6 +591,8 @@ def force_from_manifest(
             f"artefact {manifest['artefact']}: expected SHA-256 {expected[:12]}..., found "
             f"{force.artefact.sha256[:12]}...; it was exported anew since the manifest was written."
         )
+    if manifest.get("interpolated", False):
+        force._cross_over()
     return force
 
 
@@ -716,6 +719,8 @@ def mix(
         )
     if not force.thisown:  # type: ignore[attr-defined]
         raise InputError("force: expected one that is in no System yet; build another for this System.")
+    if force.interpolated and not interpolate:
+        raise InputError("force: its manifest is that of a crossing over; mix with interpolate=True.")
     check_topology(topology, system)
     _matched_atoms(force.artefact, topology, [int(a) for a in force.atoms])
     terms = remove_subset_terms(system, [int(a) for a in force.atoms], keep=keep)
@@ -727,7 +732,8 @@ def mix(
     if interpolate:
         force.require_energy("mix(interpolate=True)")
         terms.system.addForce(_crossing_force(system, terms))
-        force._cross_over()
+        if not force.interpolated:  # one from the manifest of a crossing over is so already
+            force._cross_over()
     force.replaced = MappingProxyType(dict(terms.removed))
     terms.system.addForce(force)
     return terms.system

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from .constants import EXCHANGE_FILE
 from .errors import InputError
 from .record import atomic_path, plain, read_json
 from .units import KJ_PER_KCAL, thermal_energy
@@ -35,6 +37,7 @@ CAPTIONS = {
     "force": "Learned against exact force components on held-out frames.",
     "overlap_learned": "Overlap of the learned windows.",
     "overlap_classical": "Overlap of the classical windows.",
+    "replicas": "Replicas on their way through the states.",
     "dhdl": "Mean dH/dlambda of each window; the area under the curve is TI's Delta f.",
     "phi_psi": "Backbone angles phi and psi: sampled by the classical force field and by the "
     "learned base action alone.",
@@ -119,6 +122,20 @@ class Fit(Section):
     levels: list[Level] = []
 
 
+class Swaps(Section):
+    """How walkers moved between states: ``SwapStatistics.to_dict()``."""
+
+    n_iterations: int
+    n_replicas: int
+    transition: list[list[Number]]
+    round_trips: list[int]
+    acceptance: list[list[Number]] | None = None
+    occupancy: list[Number] = []
+    second_eigenvalue: Number = None
+    mixing_time: Number = None
+    inefficiency: Number = None
+
+
 class Windows(Section):
     """One set of lambda windows; ``estimate`` is ``FreeEnergyEstimate.to_dict()``."""
 
@@ -128,6 +145,7 @@ class Windows(Section):
     length_ps: Number = None
     n_steps: int | None = None
     seconds: Number = None
+    swaps: Swaps | None = None
 
 
 class BothWindows(Section):
@@ -183,6 +201,7 @@ class Record(Section):
     paired: Paired | None = None
     end_correction: dict[str, Any] | None = None
     base_action: BaseAction | None = None
+    swaps: Swaps | None = None
     checks: list[Check] = []
     provenance: dict[str, Any] = {}
     timing: dict[str, Number] = {}
@@ -420,8 +439,8 @@ def _state_label(state: Any) -> str:
     return f"{state:.3g}" if isinstance(state, int | float) else str(state)
 
 
-def _matrix(matrix: Any, states: Any, title: str) -> str:
-    """An overlap matrix as shaded squares with their numbers (SVG)."""
+def _matrix(matrix: Any, states: Any, title: str, across: str = "state evaluated (λ)") -> str:
+    """An overlap or transition matrix as shaded squares with their numbers (SVG)."""
     n = len(matrix or [])
     if n < 2 or any(len(row) != n for row in matrix):
         return ""
@@ -456,9 +475,37 @@ def _matrix(matrix: Any, states: Any, title: str) -> str:
                 )
     out.append(
         f'<text x="{margin + n * cell / 2}" y="12" text-anchor="middle" fill="#333">'
-        "state evaluated (λ)</text></svg>"
+        f"{html.escape(across)}</text></svg>"
     )
     return "".join(out)
+
+
+def _exchanges(record: Record) -> list[dict[str, Any]]:
+    """Every run with exchange that the record holds, for the table and the pictures."""
+    both = record.windows
+    found: list[tuple[str, Swaps, Any]] = []
+    for key in ("learned", "classical"):
+        one = getattr(both, key) if both else None
+        if one is not None and one.swaps is not None:
+            found.append((f"Exchange, {one.label or key}", one.swaps, one.estimate.get("states")))
+    if record.swaps is not None:
+        settings = (record.model_extra or {}).get("settings") or {}
+        states = [list(s.values()) for s in settings.get("states") or []]
+        labels = [s[0] if len(s) == 1 else s for s in states]
+        found.append((record.what, record.swaps, labels or None))
+    rows = []
+    for title, swaps, states in found:
+        near = [row[k + 1] for k, row in enumerate((swaps.acceptance or [])[:-1])]
+        known = [p for p in near if p is not None]
+        trips = swaps.round_trips
+        rows.append({
+            "title": title, "swaps": swaps,
+            "acceptance": f"{min(known):.2f} / {sum(known) / len(known):.2f}" if known else "n/a",
+            "trips": f"{sum(trips):,}", "fewest": f"{min(trips):,}" if trips else "n/a",
+            "apart": swaps.mixing_time is None,
+            "svg": _matrix(swaps.transition, states, f"{title}: moves between states", "next state (λ)"),
+        })  # fmt: skip
+    return rows
 
 
 def _image(name: str, figure: Any) -> tuple[str, bytes]:
@@ -570,6 +617,7 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
         differences=_differences(content, kT),
         forest=forest,
         overlaps=overlaps,
+        exchanges=_exchanges(content),
         figures=_figures(content, {k: v for k, v in (figures or {}).items() if k not in drawn}),
         raw=plain(record),
     )
@@ -620,6 +668,19 @@ def save_figures(figures: Mapping[str, Any], folder: str | os.PathLike[str]) -> 
     return out
 
 
+def _replica_figure(path: Path) -> Any:
+    """Drawn from the run's own file: the walks are too long for a record."""
+    import numpy as np
+
+    from .analysis import replica_figure
+
+    try:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as found:
+            return replica_figure(found["state"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as err:
+        raise InputError(f"{path}: expected the walks of an exchange run, found {err}.") from err
+
+
 def report_from_record(
     record_path: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
 ) -> Path:
@@ -643,8 +704,12 @@ def report_from_record(
     """
     record_path = Path(record_path)
     record = read_json(record_path)
-    figures = {}
-    for name, relative in check_record(record).figures.items():
+    content = check_record(record)
+    figures: dict[str, Any] = {}
+    walks = record_path.parent / EXCHANGE_FILE
+    if content.swaps is not None and walks.exists():
+        figures["replicas"] = _replica_figure(walks)
+    for name, relative in content.figures.items():
         file = (record_path.parent / relative).resolve()
         if not file.is_relative_to(record_path.parent.resolve()):
             raise InputError(f"figure {name}: expected a file beside the record, found {relative}.")

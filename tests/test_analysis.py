@@ -192,3 +192,13 @@ def test_figures_refuse() -> None:
         a.delta_f_figure({"a": (math.nan, 0.1)})
     with pytest.raises(InputError, match="file_format"):
         a.figure_bytes(a.delta_f_figure({"a": (1.0, 0.1)}), file_format="gif")
+
+
+def test_replica_figure() -> None:
+    states = np.random.default_rng(0).permuted(np.tile(np.arange(9), (50, 1)), axis=1)
+    figure = a.replica_figure(states, n_shown=4)
+    assert [x.get_ylabel() for x in figure.axes] == ["replica 0", "replica 3", "replica 5", "replica 8"]
+    assert len(a.replica_figure(states[:, :1]).axes) == 1
+    for bad in ([], [0, 1], [[0.5]]):
+        with pytest.raises(InputError, match="state_of_replica"):
+            a.replica_figure(bad)

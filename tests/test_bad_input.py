@@ -318,7 +318,11 @@ MODELS: dict[str, tuple[Case, type[Exception], str]] = {
         ModelError,
         "invariance",
     ),
-    "bare score for lambda windows": (lambda p: _score_windows(p), NotConservativeError, "lambda windows"),
+    "bare score for lambda windows": (
+        lambda p: _score_windows(p),
+        NotConservativeError,
+        "reduced potentials",
+    ),
     "bare score as an operator": (
         lambda p: force(p, path=score_artefact(p), mode="operator"),
         ModelError,

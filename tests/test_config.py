@@ -146,3 +146,9 @@ def test_window_arguments_missing_file(tmp_path: Path) -> None:
     settings = load_settings(written(tmp_path, text), WindowsSettings)
     with pytest.raises(InputError, match=r"m\.pdb"):
         window_arguments(settings)
+
+
+def test_number_of_workers(tmp_path: Path) -> None:
+    settings = load_settings(written(tmp_path, GOOD + "n_workers: 2\n"), WindowsSettings)
+    assert window_arguments(settings)["n_workers"] == 2
+    assert "n_workers" in refused(tmp_path, GOOD + "n_workers: 0\n")

@@ -844,10 +844,12 @@ def test_on_the_cpu_platform(learned: Callable[..., DiffusionForce], backend: st
         assert abs(cpu[0] - reference[0]) <= 1e-3 * abs(reference[0])
 
 
-@pytest.mark.torchforce
-def test_windows_over_the_crossing(learned: Callable[..., DiffusionForce], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_over_the_crossing(
+    learned: Callable[..., DiffusionForce], backend: str, tmp_path: Path
+) -> None:
     world = solvated.cluster()
-    force = learned(world.topology, backend="torchforce")
+    force = learned(world.topology, backend=backend)
     run = run_windows(
         mix(world.system, world.topology, force, interpolate=True), world.topology, world.positions,
         lambda_states(3, parameter=INTERPOLATE), temperature=TEMPERATURE, out_dir=tmp_path, n_frames=2,

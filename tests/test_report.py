@@ -293,3 +293,36 @@ def test_from_file_with_a_missing_or_foreign_figure(tmp_path: Path) -> None:
 )
 def test_with_error(value: float | None, error: float, text: str) -> None:
     assert with_error(value, error) == text
+
+
+def some_swaps() -> dict[str, Any]:
+    from openmm_diffforce.exchange import swap_statistics
+
+    rng = np.random.default_rng(1)
+    states = rng.permuted(np.tile(np.arange(11), (60, 1)), axis=1)
+    counts = np.full((11, 11), 50)
+    return swap_statistics(states, 11, proposed=counts, accepted=counts // 4).to_dict()
+
+
+def test_exchange_has_its_section() -> None:
+    record = a_record()
+    assert "Exchange between states" not in render_report(record)
+    record["windows"]["learned"]["swaps"] = swaps = some_swaps()
+    page = render_report(record)
+    assert "Exchange between states" in page
+    assert "0.24 / 0.24" in page
+    assert f"{sum(swaps['round_trips']):,}</td>" in page
+    swaps["mixing_time"] = None
+    assert "states never met" in render_report(record)
+
+
+def test_record_of_an_exchange_run_is_a_page(tmp_path: Path) -> None:
+    from .test_exchange import run
+
+    run(tmp_path)
+    page = report_from_record(tmp_path / "record.json").read_text()
+    assert "Exchange between states" in page
+    assert "Replicas on their way" in page
+    (tmp_path / "exchange.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="walks"):
+        report_from_record(tmp_path / "record.json")

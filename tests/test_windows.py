@@ -190,6 +190,16 @@ def test_resumed_run_is_bit_by_bit_the_uninterrupted_one(tmp_path: Path) -> None
     assert not [p for p in (tmp_path / "cut").rglob(".*") if p.name != ".lock"]
 
 
+def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
+    def press(done: int, total: int) -> None:
+        if done == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="same call resumes"):
+        run(tmp_path, progress=press, checkpoint_seconds=1e9)
+    assert run(tmp_path).n_steps == (18 - 10) * 20 + 50  # the frame under way was finished
+
+
 def test_missing_part_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         run(tmp_path, checkpoint_seconds=1e-9, progress=stop_after(4))
@@ -300,7 +310,7 @@ class PythonLearned:
     def parameter(self, name: str) -> str:
         return f"diffforce_{name}"
 
-    def energy_derivative(self, context: mm.Context) -> float:
+    def energy_derivative(self, context: mm.Context, parameter: str = "lambda") -> float:
         x = context.getState(positions=True).getPositions(asNumpy=True)._value
         d = x[1] - x[0]
         return 0.5 * self.k * float(d @ d)
