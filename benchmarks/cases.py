@@ -160,8 +160,8 @@ def table(out: Path, lengths: Lengths, name: str) -> str:
         "errors of exchange follow replicas. The classical rows are the reference of the learned ones.",
         "Outside: share of the frames at lambda = 1 that leave the training range of the base action. A few",
         "percent are usual; where it is large, a learned run fell into a hole of the learned operator",
-        "(a contact that no training frame had): its own MBAR is then that of another molecule, and the end",
-        "correction, by its overlap, tells.",
+        "(a contact that no training frame had): its own MBAR is then that of another Hamiltonian, and the",
+        "end correction, by its overlap, tells.",
         "",
     ]
     for case in CASES:
