@@ -158,7 +158,8 @@ def table(out: Path, lengths: Lengths, name: str) -> str:
         "Outside: share of the frames at lambda = 1 that leave the training range of the base action. A few",
         "percent are usual; where it is large, a learned run fell into a hole of the learned operator",
         "(a contact that no training frame had): its own MBAR is then that of another Hamiltonian, and the",
-        "end correction, by its overlap, tells. Seconds are wall-clock, of the last call where a run was resumed.",
+        "end correction, by its overlap, tells. Seconds are wall-clock, of the last call where a run was",
+        "resumed.",
         "",
     ]
     for case in CASES:
