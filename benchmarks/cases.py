@@ -111,10 +111,7 @@ def run_part(
     found = {"estimate": estimate.to_dict(), "seconds": time.monotonic() - started}
     if method == "exchange":
         found["swaps"] = run.swaps.to_dict()
-    x = analysis.load_trajectory(run.trajectories[-1], run.topology).xyz.astype(np.float64)
-    found["gap"] = (
-        case.pair.operator_values(x) - demo.model_fields(load_artefact(model).model, x)[2]
-    ).tolist()
+    found |= judge_last(case, run.trajectories[-1], model)
     found["last"] = estimate.estimates["MBAR"].delta_f, estimate.estimates["MBAR"].d_delta_f
     return found
 
@@ -160,8 +157,9 @@ def table(out: Path, lengths: Lengths, name: str) -> str:
         "errors of exchange follow replicas. The classical rows are the reference of the learned ones.",
         "Outside: share of the frames at lambda = 1 that leave the training range of the base action. A few",
         "percent are usual; where it is large, a learned run fell into a hole of the learned operator",
-        "(a contact that no training frame had): its own MBAR is then that of another molecule, and the end",
-        "correction, by its overlap, tells.",
+        "(a contact that no training frame had): its own MBAR is then that of another Hamiltonian, and the",
+        "end correction, by its overlap, tells. Seconds are wall-clock, of the last call where a run was",
+        "resumed.",
         "",
     ]
     for case in CASES:
