@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from .force import DiffusionForce as DiffusionForce
     from .force import force_from_manifest as force_from_manifest
     from .models.action import ActionModel as ActionModel
+    from .models.envelope import EnvelopeAction as EnvelopeAction
     from .models.graph import MolecularGraph as MolecularGraph
+    from .models.network import NetworkAction as NetworkAction
     from .models.physics import PhysicalModel as PhysicalModel
+    from .network_training import NetworkSettings as NetworkSettings
+    from .network_training import fit_network as fit_network
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
     from .systems import graph_from_topology as graph_from_topology
@@ -32,12 +36,16 @@ _HOME = {
     "DiffForceError": "errors",
     "DiffusionForce": "force",
     "EndStatePair": "alchemy",
+    "EnvelopeAction": "models.envelope",
     "MolecularGraph": "models.graph",
+    "NetworkAction": "models.network",
+    "NetworkSettings": "network_training",
     "PhysicalModel": "models.physics",
     "VESchedule": "schedule",
     "VPSchedule": "schedule",
     "alanine_case": "alanine",
     "export_artefact": "artefact",
+    "fit_network": "network_training",
     "fit_physical_model": "training",
     "force_from_manifest": "force",
     "graph_from_topology": "systems",

@@ -26,6 +26,7 @@ arXiv:2606.30687 (the noised operator as a conditional mean).
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +98,7 @@ class NetworkSettings:
     n_draws: int = 1
 
 
-def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 3) -> StiffDenoiser:
+def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 2) -> StiffDenoiser:
     r"""Harmonic prior of the stiff coordinates by implicit score matching, in closed form.
 
     .. math:: S = \sum_c \tfrac{k_c}{2} \sum_{i \in c} (q_i - \bar q_c)^2, \qquad k_c \ge 0
@@ -245,7 +246,9 @@ def _noise(data: _Data, top: float, generator: torch.Generator) -> tuple[Tensor,
     return epsilon, low * (top / low) ** spread
 
 
-def _loss(model: NetworkAction, data: _Data, epsilon: Tensor, tau: Tensor, stiff: float, unit: float) -> Tensor:
+def _loss(
+    model: NetworkAction, data: _Data, epsilon: Tensor, tau: Tensor, stiff: float, unit: float
+) -> Tensor:
     """J of a batch at the given noise; a residual's batch brings its own, mirrored already."""
     if data.base_gradient is None:
         y = torch.cat([data.x + tau[:, None, None] * epsilon, data.x - tau[:, None, None] * epsilon])
@@ -413,7 +416,7 @@ def fit_network(
             for rows in torch.arange(len(test.x)).split(256):
                 part = test.part(rows)
                 epsilon, tau = test_noise[0][rows], test_noise[1][rows]  # type: ignore[index]
-                total += float(_loss(model, part, epsilon, tau, stiff, unit)) * len(rows)
+                total += float(_loss(model, part, epsilon, tau, stiff, unit).detach()) * len(rows)
         fit.use(kept)
         return total / len(test.x)
 
@@ -443,7 +446,7 @@ def fit_network(
             epsilon, tau = _noise(part, top, generator)
         for group in fit.optimiser.param_groups:
             rise = min(1.0, (fit.step + 1) / 50)
-            group["lr"] = s.learning_rate * rise * 0.5 * (1 + np.cos(np.pi * fit.step / s.n_steps))
+            group["lr"] = s.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * fit.step / s.n_steps))
         fit.optimiser.zero_grad()
         loss = _loss(model, part, epsilon, tau, stiff, unit)
         loss.backward()
@@ -479,7 +482,9 @@ def fit_network(
     }  # fmt: skip
 
 
-def _with_base(data: _Data, base: EnvelopeAction, n_draws: int, top: float, generator: torch.Generator) -> _Data:
+def _with_base(
+    data: _Data, base: EnvelopeAction, n_draws: int, top: float, generator: torch.Generator
+) -> _Data:
     """Mirrored pairs of noised frames, next to each other, with the base's fields at them."""
     rows = torch.arange(len(data.x)).repeat(n_draws)
     part = data.part(rows)
@@ -506,7 +511,9 @@ def _shown(progress: Callable[[int, int, float], None] | bool) -> Iterator[Calla
     elif progress:
         from rich.progress import Progress, TextColumn
 
-        with Progress(*Progress.get_default_columns(), TextColumn("held-out loss {task.fields[loss]:.4f}")) as bar:
+        with Progress(
+            *Progress.get_default_columns(), TextColumn("held-out loss {task.fields[loss]:.4f}")
+        ) as bar:
             task = bar.add_task("training", total=None, loss=float("nan"))
             yield lambda done, total, loss: bar.update(task, completed=done, total=total, loss=loss)
     else:

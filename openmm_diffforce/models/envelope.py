@@ -99,7 +99,9 @@ class EnvelopeAction(ActionModel):
         for _n in range(500):
             step = -torch.matmul(inverse, gradient.flatten(1)[:, :, None])[:, :, 0].reshape(x.shape)
             longest = step.abs().amax((1, 2))
-            found = found.index_copy(0, place, x + torch.where(longest < 1e-9, 1.0, 0.0)[:, None, None] * step)
+            found = found.index_copy(
+                0, place, x + torch.where(longest < 1e-9, 1.0, 0.0)[:, None, None] * step
+            )
             on = longest >= 1e-9
             if not bool(on.all()):
                 x, z, tau, lam, place = x[on], z[on], tau[on], lam[on], place[on]

@@ -51,8 +51,8 @@ Tensor = torch.Tensor
 GATES_NM = (0.003, 0.01, 0.03)
 """Networks see the noise through ``tau^2 / (tau^2 + s^2)`` for each s [nm] of these."""
 
-MAX_TAU = 0.025
-"""Largest noise-to-signal ratio [nm]: beyond, three Gauss-Newton steps do not find x_hat."""
+MAX_TAU = 0.0201
+"""Largest noise-to-signal ratio [nm]: beyond, two Gauss-Newton steps do not find x_hat."""
 
 CORNER = 1e-3
 """D >= 0 is the smooth positive part of its network's output; this rounds its corner."""
@@ -81,7 +81,13 @@ class ShapeNetwork(torch.nn.Module):
     """
 
     def __init__(
-        self, graph: MolecularGraph, sites: Sequence[int], *, width: int, channels: int, scale: Sequence[float]
+        self,
+        graph: MolecularGraph,
+        sites: Sequence[int],
+        *,
+        width: int,
+        channels: int,
+        scale: Sequence[float],
     ) -> None:
         super().__init__()
         pairs, quads, cls = shape_coordinates(graph, sites)
@@ -89,9 +95,7 @@ class ShapeNetwork(torch.nn.Module):
         n_out, n_gates = len(scale), len(GATES_NM) + 1
         self.coordinates = ShapeCoordinates(pairs, quads, graph.n_atoms)
         self.register_buffer("cls", torch.as_tensor(cls))
-        pool = torch.zeros(n_classes, n, dtype=torch.float64)
-        pool[torch.as_tensor(cls), torch.arange(n)] = 1.0
-        self.register_buffer("pool", pool)
+        self.n_classes = n_classes
         self.register_buffer("shift", torch.zeros(n, dtype=torch.float64))
         self.register_buffer("spread", torch.ones(n, dtype=torch.float64))
         self.register_buffer("scale", torch.tensor(list(scale), dtype=torch.float64))
@@ -119,9 +123,9 @@ class ShapeNetwork(torch.nn.Module):
 
         with torch.no_grad():
             q = self.coordinates.values(torch.as_tensor(x, dtype=torch.float64))
-            count = self.pool.sum(1)
-            mean = (self.pool @ q.mean(0)) / count
-            square = (self.pool @ (q * q).mean(0)) / count
+            count = torch.bincount(self.cls)
+            mean = torch.bincount(self.cls, q.mean(0)) / count
+            square = torch.bincount(self.cls, (q * q).mean(0)) / count
             self.shift.copy_(mean[self.cls])
             self.spread.copy_(torch.sqrt((square - mean * mean).clamp_min(1e-16))[self.cls])
             self.slope.copy_(draw(self.slope, 1.0))
@@ -130,13 +134,14 @@ class ShapeNetwork(torch.nn.Module):
             self.second.copy_(draw(self.second, len(self.second) ** -0.5))
 
     def embed(self, x: Tensor) -> Tensor:
-        """tanh functions of every coordinate [n_frames, n_coordinates, channels]."""
-        q = (self.coordinates.values(x) - self.shift) / self.spread
-        return torch.tanh(q[:, :, None] * self.slope[self.cls] + self.place[self.cls])
+        """tanh functions of every coordinate [n_coordinates, n_frames, channels]."""
+        q = ((self.coordinates.values(x) - self.shift) / self.spread).t()
+        return torch.tanh(q[:, :, None] * self.slope[self.cls][:, None] + self.place[self.cls][:, None])
 
     def layers(self, e: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled functions, and the two hidden layers."""
-        pooled = torch.matmul(self.pool, e).flatten(1)
+        zero = torch.zeros(self.n_classes, e.shape[1], e.shape[2], dtype=e.dtype)
+        pooled = zero.index_add(0, self.cls, e).transpose(0, 1).flatten(1)
         h = torch.tanh(torch.matmul(torch.cat([pooled, gates], dim=1), self.first))
         return pooled, h, torch.tanh(torch.matmul(h, self.second) + self.bias)
 
@@ -160,19 +165,19 @@ class ShapeNetwork(torch.nn.Module):
         pooled = torch.matmul(back, self.first[: self.additive.shape[0]].t())
         single = (gates[:, :, None] * seed[:, None, :]).flatten(1)
         pooled = pooled + torch.matmul(single, self.additive.t())
-        each = torch.matmul(self.pool.t(), pooled.reshape(len(x), self.pool.shape[0], -1))
-        each = ((1.0 - e * e) * each * self.slope[self.cls]).sum(-1) / self.spread
+        each = pooled.reshape(len(x), self.n_classes, -1).transpose(0, 1) * self.slope[:, None]
+        each = ((1.0 - e * e) * each.index_select(0, self.cls)).sum(-1).t() / self.spread
         return self.coordinates.pullback(x, each)
 
 
-def positive_part(raw: Tensor) -> Tensor:
+def positive_part(raw: Tensor, corner: float = CORNER) -> Tensor:
     """Smooth max(raw, 0)."""
-    return 0.5 * (raw + torch.sqrt(raw * raw + CORNER * CORNER))
+    return 0.5 * (raw + torch.sqrt(raw * raw + corner * corner))
 
 
-def positive_slope(raw: Tensor) -> Tensor:
+def positive_slope(raw: Tensor, corner: float = CORNER) -> Tensor:
     """Derivative of :func:`positive_part`."""
-    return 0.5 * (1.0 + raw / torch.sqrt(raw * raw + CORNER * CORNER))
+    return 0.5 * (1.0 + raw / torch.sqrt(raw * raw + corner * corner))
 
 
 class NetworkAction(ActionModel):
@@ -231,6 +236,7 @@ class NetworkAction(ActionModel):
         self.n_dof = float(3 * graph.n_atoms - 3)
         self.has_operator = True
         self.residual = base is not None
+        self.register_buffer("gate_squares", torch.tensor(GATES_NM, dtype=torch.float64) ** 2)
         self.denoiser = denoiser
         self.base = base
         offset = 0.0 if base is not None else float(operator_mean)
@@ -246,12 +252,9 @@ class NetworkAction(ActionModel):
     def _gates(self, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the networks see of the noise, and the factors of (N, A) and of D."""
         square = (tau * tau)[:, None]
-        gates = [torch.ones_like(square)]
-        for s in (0.003, 0.01, 0.03):
-            gates.append(square / (square + s * s))
-        out = torch.cat(gates, dim=1)
-        noised = out[:, 2]
-        return out, (noised if self.residual else torch.ones_like(noised)), noised
+        gates = torch.cat([torch.ones_like(square), square / (square + self.gate_squares)], dim=1)
+        noised = gates[:, 2]
+        return gates, (noised if self.residual else torch.ones_like(noised)), noised
 
     def forward(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Reduced action S [n_frames] at noised coordinates x [n_frames, n_atoms, 3] nm."""

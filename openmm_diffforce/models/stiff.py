@@ -35,91 +35,92 @@ class ShapeCoordinates(torch.nn.Module):
     quads : int array [n_quads, 4]
         Atoms a, b, c, d of the volume ``(b - a) . ((c - b) x (d - c))``.
     n_atoms : int
+
+    Notes
+    -----
+    Inside, vectors are [n_frames, 3, n]: the components are few, what runs fast comes last.
     """
 
     def __init__(self, pairs: np.ndarray, quads: np.ndarray, n_atoms: int) -> None:
         super().__init__()
 
         def difference(last: np.ndarray, first: np.ndarray) -> Tensor:
-            out = torch.zeros(len(first), n_atoms, dtype=torch.float64)
-            rows = torch.arange(len(first))
-            out[rows, torch.as_tensor(last)] = 1.0
-            out[rows, torch.as_tensor(first)] -= 1.0
+            out = torch.zeros(n_atoms, len(first), dtype=torch.float64)
+            columns = torch.arange(len(first))
+            out[torch.as_tensor(last), columns] = 1.0
+            out[torch.as_tensor(first), columns] -= 1.0
             return out
 
         self.floor = LENGTH_FLOOR**2
         self.n_pairs = len(pairs)
         self.n_quads = len(quads)
-        self.register_buffer("pair", difference(pairs[:, 0], pairs[:, 1]))
         steps = [difference(quads[:, k + 1], quads[:, k]) for k in range(3)]
-        self.register_buffer("steps", torch.cat(steps))
+        self.register_buffer("edges", torch.cat([difference(pairs[:, 0], pairs[:, 1]), *steps], dim=1))
 
-    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b = torch.matmul(self.steps, x)
-        n = self.n_quads
-        return b[:, :n], b[:, n : 2 * n], b[:, 2 * n :]
+    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Vectors of the pairs, and the three bonds of the quads."""
+        d = torch.matmul(x.transpose(1, 2), self.edges)
+        m, n = self.n_pairs, self.n_quads
+        return d[:, :, :m], d[:, :, m : m + n], d[:, :, m + n : m + 2 * n], d[:, :, m + 2 * n :]
+
+    def _to_atoms(self, parts: list[Tensor]) -> Tensor:
+        # TorchForce reads forces by their memory: a transposed view would come out scrambled
+        return torch.matmul(torch.cat(parts, dim=2), self.edges.t()).transpose(1, 2).contiguous()
 
     def values(self, x: Tensor) -> Tensor:
         """Coordinates [n_frames, n_pairs + n_quads] of frames [n_frames, n_atoms, 3]."""
-        d = torch.matmul(self.pair, x)
-        r = torch.sqrt((d * d).sum(-1) + self.floor)
-        b1, b2, b3 = self._edges(x)
-        return torch.cat([r, (b1 * torch.linalg.cross(b2, b3)).sum(-1)], dim=1)
+        d, b1, b2, b3 = self._edges(x)
+        r = torch.sqrt((d * d).sum(1) + self.floor)
+        return torch.cat([r, (b1 * torch.linalg.cross(b2, b3, dim=1)).sum(1)], dim=1)
+
+    def _unit(self, d: Tensor, b1: Tensor, b2: Tensor, b3: Tensor) -> list[Tensor]:
+        """Derivatives of the coordinates in their own edges."""
+        n = d / torch.sqrt((d * d).sum(1, keepdim=True) + self.floor)
+        return [n, torch.linalg.cross(b2, b3, dim=1), torch.linalg.cross(b3, b1, dim=1),
+                torch.linalg.cross(b1, b2, dim=1)]  # fmt: skip
 
     def pullback(self, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of ``sum_i weight_i q_i`` [n_frames, n_atoms, 3]."""
-        d = torch.matmul(self.pair, x)
-        r = torch.sqrt((d * d).sum(-1) + self.floor)
-        out = torch.matmul(self.pair.t(), d * (weight[:, : self.n_pairs] / r)[..., None])
-        b1, b2, b3 = self._edges(x)
-        g = weight[:, self.n_pairs :, None]
-        faces = [torch.linalg.cross(b2, b3), torch.linalg.cross(b3, b1), torch.linalg.cross(b1, b2)]
-        return out + torch.matmul(self.steps.t(), torch.cat([f * g for f in faces], dim=1))
-
-    def jacobian(self, x: Tensor) -> Tensor:
-        """dq/dx [n_frames, n_coordinates, 3 n_atoms]."""
-        d = torch.matmul(self.pair, x)
-        n = d / torch.sqrt((d * d).sum(-1, keepdim=True) + self.floor)
-        pairs = self.pair[:, :, None] * n[:, :, None, :]
-        b1, b2, b3 = self._edges(x)
-        m = self.n_quads
-        quads = (
-            self.steps[:m, :, None] * torch.linalg.cross(b2, b3)[:, :, None, :]
-            + self.steps[m : 2 * m, :, None] * torch.linalg.cross(b3, b1)[:, :, None, :]
-            + self.steps[2 * m :, :, None] * torch.linalg.cross(b1, b2)[:, :, None, :]
-        )
-        return torch.cat([pairs, quads], dim=1).flatten(2)
+        d, b1, b2, b3 = self._edges(x)
+        n, f1, f2, f3 = self._unit(d, b1, b2, b3)
+        a, g = weight[:, None, : self.n_pairs], weight[:, None, self.n_pairs :]
+        return self._to_atoms([n * a, f1 * g, f2 * g, f3 * g])
 
     def push(self, x: Tensor, v: Tensor) -> Tensor:
         """Derivative of the coordinates along v [n_frames, n_coordinates]."""
-        d = torch.matmul(self.pair, x)
-        r = torch.sqrt((d * d).sum(-1) + self.floor)
-        b1, b2, b3 = self._edges(x)
-        v1, v2, v3 = self._edges(v)
-        volumes = (
-            v1 * torch.linalg.cross(b2, b3)
-            + v2 * torch.linalg.cross(b3, b1)
-            + v3 * torch.linalg.cross(b1, b2)
+        d, b1, b2, b3 = self._edges(x)
+        n, f1, f2, f3 = self._unit(d, b1, b2, b3)
+        dv, v1, v2, v3 = self._edges(v)
+        return torch.cat([(n * dv).sum(1), (f1 * v1 + f2 * v2 + f3 * v3).sum(1)], dim=1)
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        """dq/dx [n_frames, n_coordinates, 3 n_atoms]."""
+        d, b1, b2, b3 = self._edges(x)
+        n, f1, f2, f3 = self._unit(d, b1, b2, b3)
+        m, k = self.n_pairs, self.n_quads
+        e = self.edges.t()[:, :, None]
+        pairs = e[:m] * n.transpose(1, 2)[:, :, None]
+        quads = (
+            e[m : m + k] * f1.transpose(1, 2)[:, :, None]
+            + e[m + k : m + 2 * k] * f2.transpose(1, 2)[:, :, None]
+            + e[m + 2 * k :] * f3.transpose(1, 2)[:, :, None]
         )
-        return torch.cat([(d * torch.matmul(self.pair, v)).sum(-1) / r, volumes.sum(-1)], dim=1)
+        return torch.cat([pairs, quads], dim=1).flatten(2)
 
     def curvature(self, x: Tensor, weight: Tensor, v: Tensor) -> Tensor:
         """Hessian of ``sum_i weight_i q_i`` times a direction v [n_frames, n_atoms, 3]."""
-        d = torch.matmul(self.pair, x)
-        dv = torch.matmul(self.pair, v)
-        r = torch.sqrt((d * d).sum(-1, keepdim=True) + self.floor)
+        d, b1, b2, b3 = self._edges(x)
+        dv, v1, v2, v3 = self._edges(v)
+        r = torch.sqrt((d * d).sum(1, keepdim=True) + self.floor)
         n = d / r
-        bent = (dv - n * (n * dv).sum(-1, keepdim=True)) * (weight[:, : self.n_pairs, None] / r)
-        out = torch.matmul(self.pair.t(), bent)
-        b1, b2, b3 = self._edges(x)
-        v1, v2, v3 = self._edges(v)
-        g = weight[:, self.n_pairs :, None]
-        faces = [
-            torch.linalg.cross(v2, b3) + torch.linalg.cross(b2, v3),
-            torch.linalg.cross(v3, b1) + torch.linalg.cross(b3, v1),
-            torch.linalg.cross(v1, b2) + torch.linalg.cross(b1, v2),
-        ]
-        return out + torch.matmul(self.steps.t(), torch.cat([f * g for f in faces], dim=1))
+        bent = (dv - n * (n * dv).sum(1, keepdim=True)) * (weight[:, None, : self.n_pairs] / r)
+        g = weight[:, None, self.n_pairs :]
+        return self._to_atoms([
+            bent,
+            (torch.linalg.cross(v2, b3, dim=1) + torch.linalg.cross(b2, v3, dim=1)) * g,
+            (torch.linalg.cross(v3, b1, dim=1) + torch.linalg.cross(b3, v1, dim=1)) * g,
+            (torch.linalg.cross(v1, b2, dim=1) + torch.linalg.cross(b1, v2, dim=1)) * g,
+        ])  # fmt: skip
 
 
 class StiffDenoiser(torch.nn.Module):
@@ -135,7 +136,7 @@ class StiffDenoiser(torch.nn.Module):
     """
 
     def __init__(
-        self, coordinates: ShapeCoordinates, stiffness: Tensor, centre: Tensor, n_steps: int = 3
+        self, coordinates: ShapeCoordinates, stiffness: Tensor, centre: Tensor, n_steps: int = 2
     ) -> None:
         super().__init__()
         self.coordinates = coordinates
