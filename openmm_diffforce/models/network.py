@@ -80,6 +80,11 @@ class ShapeNetwork(torch.nn.Module):
         Size of each output [kT].
     """
 
+    cls: Tensor
+    shift: Tensor
+    spread: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         graph: MolecularGraph,
@@ -209,6 +214,9 @@ class NetworkAction(ActionModel):
     :func:`~openmm_diffforce.network_training.fit_network` draws and trains them. Everything
     compiles in TorchScript with explicit derivatives; alone it also runs in float32 (``.float()``).
     """
+
+    gate_squares: Tensor
+    base: EnvelopeAction | None
 
     def __init__(
         self, graph: MolecularGraph, sites: Sequence[int], denoiser: StiffDenoiser,

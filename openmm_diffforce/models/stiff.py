@@ -41,6 +41,8 @@ class ShapeCoordinates(torch.nn.Module):
     Inside, vectors are [n_frames, 3, n]: the components are few, what runs fast comes last.
     """
 
+    edges: Tensor
+
     def __init__(self, pairs: np.ndarray, quads: np.ndarray, n_atoms: int) -> None:
         super().__init__()
 
@@ -134,6 +136,10 @@ class StiffDenoiser(torch.nn.Module):
         x_{n+1} = z - \tau^2 J^T u, \quad
         (1 + \tau^2 J J^T) u = \hat q(x_n) + J (z - x_n), \quad J = d\hat q/dx (x_n).
     """
+
+    root: Tensor
+    centre: Tensor
+    one: Tensor
 
     def __init__(
         self, coordinates: ShapeCoordinates, stiffness: Tensor, centre: Tensor, n_steps: int = 2
