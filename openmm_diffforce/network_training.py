@@ -43,11 +43,12 @@ from .errors import ConvergenceError, InputError, ResumeError
 from .models.envelope import EnvelopeAction
 from .models.graph import MolecularGraph, internal_coordinates
 from .models.network import NetworkAction
-from .models.physics import PhysicalModel
-from .models.stiff import STIFF_SINE, ShapeCoordinates, StiffDenoiser
+from .models.physics import PhysicalModel, internal_values
+from .models.stiff import STIFF_SINE, StiffDenoiser, chosen_coordinates
+from .ops import TORSION
 from .record import atomic_path
 from .schedule import NoiseSchedule
-from .training import _blocks, check_frames
+from .training import _best_penalty, _blocks, _roughness, check_frames
 
 Tensor = torch.Tensor
 
@@ -56,6 +57,9 @@ TAU_MIN = 0.0015
 
 RESIDUAL_TAU_MIN = 0.003
 """Smallest noise of the fit of a residual [nm]; below, it fades out by construction."""
+
+START_FRAMES = 2000
+"""Frames, about, that the closed-form start of a network alone looks at."""
 
 CHECKPOINT_VERSION = 1
 
@@ -87,15 +91,19 @@ class NetworkSettings:
     """
 
     width: int = 64
-    channels: int = 4
-    n_steps: int = 3000
+    channels: int = 6
+    n_steps: int = 1500
     batch: int = 32
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
     decay: float = 0.99
     holdout: float = 0.2
-    check_every: int = 200
-    patience: int = 5
+    check_every: int = 250
+    patience: int = 3
     n_draws: int = 1
+
+
+RESIDUAL = NetworkSettings(width=32, channels=3, n_steps=600, learning_rate=5e-4, check_every=100)
+"""Settings for a residual: it has less to learn, from targets that are mostly noise."""
 
 
 def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 2) -> StiffDenoiser:
@@ -103,7 +111,7 @@ def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 2) -> StiffDen
 
     .. math:: S = \sum_c \tfrac{k_c}{2} \sum_{i \in c} (q_i - \bar q_c)^2, \qquad k_c \ge 0
 
-    Stiff are all bonds and 1-3 distances, and those classes of torsions and impropers whose
+    Stiff are all bonds and (cosines of) angles, and those classes of torsions and impropers whose
     root mean square sine is below :data:`~openmm_diffforce.models.stiff.STIFF_SINE`: planar
     groups and double bonds. The class means are its centres.
 
@@ -132,21 +140,19 @@ def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 2) -> StiffDen
     """
     x = check_frames(x, graph.n_atoms)
     found = internal_coordinates(graph)
-    role = np.array(found.role)[found.cls]
-    pairs = np.flatnonzero(np.isin(role, ("bond", "1-3")))
-    quads = np.flatnonzero(np.isin(role, ("torsion", "improper")))
-    b = [x[:, found.atoms[quads, k + 1]] - x[:, found.atoms[quads, k]] for k in range(3)]
-    volume = (b[0] * np.cross(b[1], b[2])).sum(-1)
-    sine = volume / np.maximum(np.prod([np.linalg.norm(v, axis=-1) for v in b], axis=0), 1e-12)
-    stiff = [
-        c for c in np.unique(found.cls[quads])
-        if np.sqrt((sine[:, found.cls[quads] == c] ** 2).mean()) < STIFF_SINE
-    ]  # fmt: skip
-    quads = quads[np.isin(found.cls[quads], stiff)]
-    if len(pairs) == 0:
+    role, kind = np.array(found.role)[found.cls], found.kind[found.cls]
+    if "bond" not in role:
         raise ConvergenceError("fit_denoiser: expected bonds in the molecular graph, found none.")
-    coordinates = ShapeCoordinates(found.atoms[pairs, :2], found.atoms[quads], graph.n_atoms)
-    _, cls = np.unique(found.cls[np.concatenate([pairs, quads])], return_inverse=True)
+    turns = np.flatnonzero(kind == TORSION)
+    sine = np.sin(internal_values(x, found, select=turns))
+    chosen = [np.flatnonzero(role == "bond"), np.flatnonzero(role == "angle"), turns[:0]]
+    for c in np.unique(found.cls[turns]):
+        members = found.cls[turns] == c
+        if np.sqrt((sine[:, members] ** 2).mean()) < STIFF_SINE:
+            chosen.append(turns[members])
+    rows = np.concatenate(chosen)
+    coordinates = chosen_coordinates(found.atoms[rows], kind[rows], graph.n_atoms)
+    _, cls = np.unique(found.cls[rows], return_inverse=True)
     n_classes = int(cls.max()) + 1
     place = torch.as_tensor(cls)
     pool = torch.zeros(n_classes, len(cls), dtype=torch.float64)
@@ -162,10 +168,7 @@ def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 2) -> StiffDen
         slope = torch.matmul(pool, jacobian * away[..., None])
         normal += torch.einsum("fid,fjd->ij", slope, slope)
         square = (jacobian * jacobian).sum(-1)
-        laplacian = torch.zeros_like(q)  # a volume is linear in each of its atoms: none
-        m = coordinates.n_pairs
-        laplacian[:, :m] = 2 * (3 - 0.5 * square[:, :m]) / q[:, :m]
-        right += pool @ (square + away * laplacian).sum(0)
+        right += pool @ (square + away * coordinates.laplacian(part)).sum(0)
     size = normal.diagonal().sqrt()
     if not bool(torch.isfinite(size).all()) or float(size.min()) <= 0:
         raise ConvergenceError("fit_denoiser: a stiff coordinate does not move; are the frames all alike?")
@@ -176,6 +179,57 @@ def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 2) -> StiffDen
     solved, _ = scipy.optimize.nnls(lower.T, np.linalg.solve(lower, (right / size).numpy()))
     stiffness = torch.as_tensor(solved) / size
     return StiffDenoiser(coordinates, stiffness[place], centre, n_steps)
+
+
+def _start(model: NetworkAction, x: list[np.ndarray], o: list[np.ndarray], holdout: float) -> None:
+    """Solve the additive layers of a network alone in closed form, at t = 0.
+
+    Implicit score matching for the base action on frames of end 0, least squares for the operator on
+    both ends; the ridge is chosen on the last fraction of the frames.
+    """
+
+    def smooth(n_classes: int) -> np.ndarray:
+        m = model.channels
+        return np.kron(np.eye(n_classes), _roughness(m, False) + 1e-3 * np.eye(m))
+
+    network = model.base_network
+    chosen = x[0][:: max(1, len(x[0]) // START_FRAMES)]
+    sums = []
+    with torch.no_grad():
+        for part in (~_blocks(len(chosen), holdout), _blocks(len(chosen), holdout)):
+            size = len(network.additive)
+            normal, right = (
+                torch.zeros(size, size, dtype=torch.float64),
+                torch.zeros(size, dtype=torch.float64),
+            )
+            for frames in torch.as_tensor(chosen[part]).split(40):
+                _, gradient, laplacian = network.features(frames)
+                stiff = model.denoiser.residual(frames)
+                prior = model.denoiser.coordinates.pullback(frames, model.denoiser.root * stiff)
+                right += (laplacian - torch.matmul(gradient, prior.flatten(1)[:, :, None])[:, :, 0]).sum(0)
+                single = gradient.transpose(0, 1).flatten(1)
+                normal += single @ single.t()
+            sums.append((normal.numpy() / part.sum(), right.numpy() / part.sum()))
+        block = np.repeat(np.arange(network.n_classes), model.channels)
+        solved, _ = _best_penalty(*sums[0], *sums[1], 10.0 * smooth(network.n_classes), block, 0.0)
+        network.additive[:, 0] = torch.as_tensor(solved) / network.scale[0]
+
+        network = model.operator_network
+        held = np.concatenate([_blocks(len(v), holdout) for v in x])
+        frames = torch.as_tensor(np.concatenate(x))
+        ones = torch.zeros(len(frames), 4, dtype=torch.float64)
+        design = torch.cat([network.layers(network.embed(f)[0], g)[0]
+                            for f, g in zip(frames.split(250), ones.split(250), strict=True)]).numpy()  # fmt: skip
+        centre, values = design[~held].mean(0), np.concatenate(o)
+        mean = values[~held].mean()
+        pieces = []
+        for part in (~held, held):
+            away = design[part] - centre
+            pieces.append((away.T @ away / part.sum(), away.T @ (values[part] - mean) / part.sum()))
+        block = np.repeat(np.arange(network.n_classes), model.channels)
+        solved, _ = _best_penalty(*pieces[0], *pieces[1], smooth(network.n_classes), block, 0.0)
+        network.additive[:, 0] = torch.as_tensor(solved) / network.scale[0]
+        model.operator_offset = float(mean - centre @ solved)
 
 
 @dataclass
@@ -320,6 +374,7 @@ def fit_network(
         Train a residual on this model's noised action (:class:`EnvelopeAction`); None trains a
         network alone.
     settings : NetworkSettings, optional
+        Default ``NetworkSettings()``, for a residual :data:`RESIDUAL`.
     checkpoint : path-like, optional
         State of the training, written whole at every evaluation, so that Ctrl-C loses at most
         ``check_every`` steps. If it exists, training goes on from it and ends where it would
@@ -350,7 +405,7 @@ def fit_network(
     equilibrium frames in the order of time; the last fifth of each end is held out. As a residual,
     step 0 (no correction) competes for the best held-out loss like every other.
     """
-    settings = settings or NetworkSettings()
+    settings = settings or (NetworkSettings() if base is None else RESIDUAL)
     _check_settings(settings)
     frames, values = [], []
     for end, (x, o) in enumerate(((x_0, o_0), (x_1, o_1))):
@@ -377,6 +432,11 @@ def fit_network(
     )  # fmt: skip
     model.base_network.initialise(seen, generator)
     model.operator_network.initialise(seen, generator)
+    if base is None:
+        _start(
+            model, [x[~h] for x, h in zip(frames, held, strict=True)],
+            [o[~h] for o, h in zip(values, held, strict=True)], settings.holdout,
+        )  # fmt: skip
     top = float(schedule.noise_to_signal(1.0))
     with torch.no_grad():
         clean = torch.as_tensor(frames[0][~held[0]])

@@ -80,13 +80,18 @@ def flat(end: int, n: int, t: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_shape_coordinates_against_autograd():
-    coordinates = ShapeCoordinates(np.array([[0, 1], [1, 3]]), np.array([[0, 1, 2, 3], [3, 1, 0, 2]]), 4)
+    coordinates = ShapeCoordinates(
+        np.array([[0, 1], [1, 3]]),
+        np.array([[0, 1, 3], [3, 2, 1]]),
+        np.array([[0, 1, 2, 3], [3, 1, 0, 2]]),
+        4,
+    )
     generator = torch.Generator().manual_seed(1)
     x, v = (torch.randn(3, 4, 3, generator=generator, dtype=F64) for _ in range(2))
-    weight = torch.randn(3, 4, generator=generator, dtype=F64)
+    weight = torch.randn(3, 6, generator=generator, dtype=F64)
     a, b = x[0, 1] - x[0, 0], x[0, 2] - x[0, 1]
     by_hand = torch.dot(a, torch.linalg.cross(b, x[0, 3] - x[0, 2]))
-    close(coordinates.values(x)[0, 2], by_hand)
+    close(coordinates.values(x)[0, 4], by_hand)
     close(coordinates.values(x)[:, 0] ** 2, ((x[:, 0] - x[:, 1]) ** 2).sum(1) + 1e-4)
 
     def total(y):
@@ -97,6 +102,9 @@ def test_shape_coordinates_against_autograd():
     close(coordinates.push(x, v), torch.autograd.functional.jvp(coordinates.values, x, v)[1])
     close(torch.einsum("fi,fid->fd", weight, coordinates.jacobian(x)), gradient.flatten(1))
     close(coordinates.curvature(x, weight, v), torch.autograd.functional.hvp(total, x, v)[1])
+    one = torch.eye(12, dtype=F64).reshape(12, 1, 4, 3).expand(-1, 3, -1, -1)
+    trace = sum((coordinates.curvature(x, weight, e) * e).sum((1, 2)) for e in one)
+    close((weight * coordinates.laplacian(x)).sum(1), trace)
 
 
 def test_denoiser_recovers_a_harmonic_molecule():

@@ -18,8 +18,8 @@ d              degrees of freedom, 3 n_atoms - 3
 =============  ===========================================================================
 
 Noise along stiff bonds dwarfs what the soft coordinates show of themselves, and no sum of
-functions of noised distances can undo it: hence x_hat. The networks see standardised distances
-and signed volumes of x_hat, and nothing else.
+functions of noised distances can undo it: hence x_hat. The networks see standardised distances,
+cosines of angles and signed volumes of x_hat, and nothing else.
 
 The clean limit is built in. At t = 0, x_hat = y and D = 0, so that S is linear in lambda. As a
 residual N and A vanish there too: the model IS its physical base at t = 0. At t > 0 S is concave
@@ -44,7 +44,7 @@ from ..schedule import NoiseSchedule, alpha_sigma
 from .action import ActionModel
 from .envelope import EnvelopeAction
 from .graph import MolecularGraph
-from .stiff import ShapeCoordinates, StiffDenoiser, shape_coordinates
+from .stiff import StiffDenoiser, shape_coordinates
 
 Tensor = torch.Tensor
 
@@ -63,10 +63,11 @@ class ShapeNetwork(torch.nn.Module):
 
     .. math::
 
-        e_c = \sum_{i \in c} \tanh(W_c \tilde q_i + b_c), \quad
+        e_{ck} = \sum_{i \in c} \tfrac12 \ln(1 + e^{2 (\tilde q_i - p_{ck})}), \quad
         h = \tanh(U [e, g]), \quad h' = \tanh(U' h), \quad f = V h' + \sum_k g_k V_k e
 
-    with g the noise gates and a one. The last term is a sum of functions of single coordinates,
+    with q~ the standardised coordinates (inverse distances, cosines, volumes), p places at first spread
+    evenly, g the noise gates and a one. The hinges e go on as straight lines beyond the data. The last term is a sum of functions of single coordinates,
     as classical terms are; the other couples them.
 
     Parameters
@@ -95,10 +96,9 @@ class ShapeNetwork(torch.nn.Module):
         scale: Sequence[float],
     ) -> None:
         super().__init__()
-        pairs, quads, cls = shape_coordinates(graph, sites)
+        self.coordinates, cls, _ = shape_coordinates(graph, sites)
         n_classes, n = int(cls.max()) + 1, len(cls)
         n_out, n_gates = len(scale), len(GATES_NM) + 1
-        self.coordinates = ShapeCoordinates(pairs, quads, graph.n_atoms)
         self.register_buffer("cls", torch.as_tensor(cls))
         self.n_classes = n_classes
         self.register_buffer("shift", torch.zeros(n, dtype=torch.float64))
@@ -109,7 +109,6 @@ class ShapeNetwork(torch.nn.Module):
             return torch.nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
 
         size = n_classes * channels
-        self.slope = parameter(n_classes, channels)
         self.place = parameter(n_classes, channels)
         self.first = parameter(size + n_gates, width)
         self.second = parameter(width, width)
@@ -127,21 +126,56 @@ class ShapeNetwork(torch.nn.Module):
             return size * torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
         with torch.no_grad():
-            q = self.coordinates.values(torch.as_tensor(x, dtype=torch.float64))
+            q, _ = self.inputs(torch.as_tensor(x, dtype=torch.float64))
             count = torch.bincount(self.cls)
             mean = torch.bincount(self.cls, q.mean(0)) / count
             square = torch.bincount(self.cls, (q * q).mean(0)) / count
             self.shift.copy_(mean[self.cls])
             self.spread.copy_(torch.sqrt((square - mean * mean).clamp_min(1e-16))[self.cls])
-            self.slope.copy_(draw(self.slope, 1.0))
-            self.place.copy_(draw(self.place, 1.0))
+            places = torch.linspace(-2.0, 3.0, self.place.shape[1], dtype=torch.float64)
+            self.place.copy_(places.expand_as(self.place))
             self.first.copy_(draw(self.first, len(self.first) ** -0.5))
             self.second.copy_(draw(self.second, len(self.second) ** -0.5))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """tanh functions of every coordinate [n_coordinates, n_frames, channels]."""
-        q = ((self.coordinates.values(x) - self.shift) / self.spread).t()
-        return torch.tanh(q[:, :, None] * self.slope[self.cls][:, None] + self.place[self.cls][:, None])
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse distances, cosines, volumes, and their slopes [n_frames, n_coordinates]."""
+        q = self.coordinates.values(x)
+        inverse, rest = 1.0 / q[:, : self.coordinates.n_pairs], q[:, self.coordinates.n_pairs :]
+        return (
+            torch.cat([inverse, rest], dim=1),
+            torch.cat([-inverse * inverse, torch.ones_like(rest)], dim=1),
+        )
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Hinges [n_coordinates, n_frames, channels], and slopes of the standardised coordinates."""
+        q, slope = self.inputs(x)
+        away = ((q - self.shift) / self.spread).t()[:, :, None] - self.place[self.cls][:, None]
+        return torch.nn.functional.softplus(away, 2.0), slope / self.spread
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled functions of single coordinates, their gradients and Laplacians.
+
+        [n_frames, n_features], [n_frames, n_features, 3 n_atoms] and [n_frames, n_features]: what a
+        fit in closed form needs.
+        """
+        e, slope = self.embed(x)
+        e = e.transpose(0, 1)
+        rise = -torch.expm1(-2.0 * e)
+        first = rise * slope[:, :, None]
+        jacobian = self.coordinates.jacobian(x)
+        square = (jacobian * jacobian).sum(-1)[:, :, None]
+        # second derivative of 1/q is 2/q^3 = -2 q^-1 (1/q)'; of the others none
+        q, _ = self.inputs(x)
+        bend = -2.0 * q * slope
+        bend[:, self.coordinates.n_pairs :] = 0.0
+        second = (2.0 * rise * (1.0 - rise) * (slope * slope)[:, :, None] + rise * bend[:, :, None]) * square
+        second = second + first * self.coordinates.laplacian(x)[:, :, None]
+
+        def pooled(each: Tensor) -> Tensor:
+            zero = torch.zeros(len(x), self.n_classes, *each.shape[2:], dtype=each.dtype)
+            return zero.index_add(1, self.cls, each).flatten(1, 2)
+
+        return pooled(e), pooled(first[..., None] * jacobian[:, :, None]), pooled(second)
 
     def layers(self, e: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled functions, and the two hidden layers."""
@@ -157,11 +191,11 @@ class ShapeNetwork(torch.nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """Outputs [n_frames, n_out] at x [n_frames, n_atoms, 3] nm and gates [n_frames, n_gates]."""
-        pooled, _, last = self.layers(self.embed(x), gates)
+        pooled, _, last = self.layers(self.embed(x)[0], gates)
         return self.output(pooled, last, gates)
 
     def pullback(
-        self, x: Tensor, gates: Tensor, e: Tensor, h: Tensor, last: Tensor, seed: Tensor
+        self, x: Tensor, gates: Tensor, e: Tensor, slope: Tensor, h: Tensor, last: Tensor, seed: Tensor
     ) -> Tensor:  # fmt: skip
         """Gradient of ``sum_k seed_k f_k`` in x, from the values of the layers."""
         seed = seed * self.scale
@@ -170,8 +204,8 @@ class ShapeNetwork(torch.nn.Module):
         pooled = torch.matmul(back, self.first[: self.additive.shape[0]].t())
         single = (gates[:, :, None] * seed[:, None, :]).flatten(1)
         pooled = pooled + torch.matmul(single, self.additive.t())
-        each = pooled.reshape(len(x), self.n_classes, -1).transpose(0, 1) * self.slope[:, None]
-        each = ((1.0 - e * e) * each.index_select(0, self.cls)).sum(-1).t() / self.spread
+        each = pooled.reshape(len(x), self.n_classes, -1).transpose(0, 1).index_select(0, self.cls)
+        each = (-torch.expm1(-2.0 * e) * each).sum(-1).t() * slope
         return self.coordinates.pullback(x, each)
 
 
@@ -221,7 +255,7 @@ class NetworkAction(ActionModel):
     def __init__(
         self, graph: MolecularGraph, sites: Sequence[int], denoiser: StiffDenoiser,
         schedule: NoiseSchedule, *, base: EnvelopeAction | None = None, width: int = 64,
-        channels: int = 4, operator_mean: float = 0.0, operator_spread: float = 1.0,
+        channels: int = 5, operator_mean: float = 0.0, operator_spread: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         chosen = sorted({int(s) for s in sites})
@@ -244,6 +278,7 @@ class NetworkAction(ActionModel):
         self.n_dof = float(3 * graph.n_atoms - 3)
         self.has_operator = True
         self.residual = base is not None
+        self.channels = channels
         self.register_buffer("gate_squares", torch.tensor(GATES_NM, dtype=torch.float64) ** 2)
         self.denoiser = denoiser
         self.base = base
@@ -285,16 +320,16 @@ class NetworkAction(ActionModel):
         gates, active, noised = self._gates(tau)
         xs, factors, us, w = self.denoiser.denoise(z, tau)
         found = xs[-1]
-        e = self.base_network.embed(found)
+        e, slope = self.base_network.embed(found)
         pooled, h, last = self.base_network.layers(e, gates)
         n = self.base_network.output(pooled, last, gates)
-        pull = self.base_network.pullback(found, gates, e, h, last, active[:, None])
-        e = self.operator_network.embed(found)
+        pull = self.base_network.pullback(found, gates, e, slope, h, last, active[:, None])
+        e, slope = self.operator_network.embed(found)
         pooled, h, last = self.operator_network.layers(e, gates)
         a = self.operator_network.output(pooled, last, gates)
         half = -0.5 * lam * lam * noised
         seed = torch.stack([lam * active, half * positive_slope(a[:, 1])], dim=1)
-        pull = pull + self.operator_network.pullback(found, gates, e, h, last, seed)
+        pull = pull + self.operator_network.pullback(found, gates, e, slope, h, last, seed)
         fall = noised * positive_part(a[:, 1])
         operator = self.operator_offset + active * a[:, 0]
         action = active * n[:, 0] + lam * operator - 0.5 * lam * lam * fall
@@ -310,8 +345,8 @@ class NetworkAction(ActionModel):
         action, gradient, d_lam = self.own_fields(x / alpha[:, None, None], sigma / alpha, lam)
         gradient = gradient / alpha[:, None, None]
         if self.base is not None:
-            below, slope, d_below = self.base.fields(x, t, lam)
-            return action + below, gradient + slope, d_lam + d_below
+            below, below_x, d_below = self.base.fields(x, t, lam)
+            return action + below, gradient + below_x, d_lam + d_below
         return action + self.n_dof * torch.log(alpha), gradient, d_lam
 
     @torch.jit.export
@@ -322,11 +357,11 @@ class NetworkAction(ActionModel):
         gates, active, noised = self._gates(tau)
         xs, factors, us, _ = self.denoiser.denoise(z, tau)
         found = xs[-1]
-        e = self.operator_network.embed(found)
+        e, slope = self.operator_network.embed(found)
         pooled, h, last = self.operator_network.layers(e, gates)
         a = self.operator_network.output(pooled, last, gates)
         seed = torch.stack([active, -lam * noised * positive_slope(a[:, 1])], dim=1)
-        pull = self.operator_network.pullback(found, gates, e, h, last, seed)
+        pull = self.operator_network.pullback(found, gates, e, slope, h, last, seed)
         gradient = self.denoiser.pullback(tau, xs, factors, us, pull, False) / alpha[:, None, None]
         if self.base is not None:
             gradient = gradient + self.base.operator_gradient(x, t, lam)

@@ -1,7 +1,8 @@
 r"""Stiff coordinates of a molecule, and the denoiser that undoes noise along them.
 
-Distances and signed volumes are all the shape coordinates there are here: together they fix bond
-lengths, angles, planarity and torsions, and their derivatives are a few lines of vector algebra.
+Distances, cosines of angles and signed volumes are all the shape coordinates there are here:
+together they fix planarity and torsions too, none is singular, and their derivatives are a few
+lines of vector algebra.
 
 References
 ----------
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..ops import DISTANCE, TORSION
+from ..ops import ANGLE, DISTANCE, TORSION
 from .graph import MolecularGraph, internal_coordinates
 
 Tensor = torch.Tensor
@@ -27,23 +28,26 @@ STIFF_SINE = 0.3
 
 
 class ShapeCoordinates(torch.nn.Module):
-    """Smoothed distances [nm] and signed volumes [nm^3], with closed-form derivatives.
+    """Smoothed distances [nm], cosines of angles, signed volumes [nm^3]; closed-form derivatives.
 
     Parameters
     ----------
     pairs : int array [n_pairs, 2]
+    triples : int array [n_triples, 3]
+        The middle atom is the vertex.
     quads : int array [n_quads, 4]
         Atoms a, b, c, d of the volume ``(b - a) . ((c - b) x (d - c))``.
     n_atoms : int
 
     Notes
     -----
-    Inside, vectors are [n_frames, 3, n]: the components are few, what runs fast comes last.
+    Lengths are ``sqrt(r^2 + eps^2)``, in the cosines too. Inside, vectors are [n_frames, 3, n]:
+    the components are few, what runs fast comes last.
     """
 
     edges: Tensor
 
-    def __init__(self, pairs: np.ndarray, quads: np.ndarray, n_atoms: int) -> None:
+    def __init__(self, pairs: np.ndarray, triples: np.ndarray, quads: np.ndarray, n_atoms: int) -> None:
         super().__init__()
 
         def difference(last: np.ndarray, first: np.ndarray) -> Tensor:
@@ -55,70 +59,99 @@ class ShapeCoordinates(torch.nn.Module):
 
         self.floor = LENGTH_FLOOR**2
         self.n_pairs = len(pairs)
-        self.n_quads = len(quads)
+        self.n_triples = len(triples)
+        self.n_coordinates = len(pairs) + len(triples) + len(quads)
+        arms = [difference(triples[:, k], triples[:, 1]) for k in (0, 2)]
         steps = [difference(quads[:, k + 1], quads[:, k]) for k in range(3)]
-        self.register_buffer("edges", torch.cat([difference(pairs[:, 0], pairs[:, 1]), *steps], dim=1))
+        edges = [difference(pairs[:, 0], pairs[:, 1]), *arms, *steps]
+        self.sizes = [e.shape[1] for e in edges]
+        self.register_buffer("edges", torch.cat(edges, dim=1))
 
-    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Vectors of the pairs, and the three bonds of the quads."""
-        d = torch.matmul(x.transpose(1, 2), self.edges)
-        m, n = self.n_pairs, self.n_quads
-        return d[:, :, :m], d[:, :, m : m + n], d[:, :, m + n : m + 2 * n], d[:, :, m + 2 * n :]
+    def _edges(self, x: Tensor) -> list[Tensor]:
+        """Vectors of the pairs, the two arms of the triples, the three bonds of the quads."""
+        return torch.matmul(x.transpose(1, 2), self.edges).split(self.sizes, dim=2)
 
     def _to_atoms(self, parts: list[Tensor]) -> Tensor:
         # TorchForce reads forces by their memory: a transposed view would come out scrambled
         return torch.matmul(torch.cat(parts, dim=2), self.edges.t()).transpose(1, 2).contiguous()
 
-    def values(self, x: Tensor) -> Tensor:
-        """Coordinates [n_frames, n_pairs + n_quads] of frames [n_frames, n_atoms, 3]."""
-        d, b1, b2, b3 = self._edges(x)
-        r = torch.sqrt((d * d).sum(1) + self.floor)
-        return torch.cat([r, (b1 * torch.linalg.cross(b2, b3, dim=1)).sum(1)], dim=1)
+    def _length(self, d: Tensor) -> Tensor:
+        return torch.sqrt((d * d).sum(1, keepdim=True) + self.floor)
 
-    def _unit(self, d: Tensor, b1: Tensor, b2: Tensor, b3: Tensor) -> list[Tensor]:
-        """Derivatives of the coordinates in their own edges."""
-        n = d / torch.sqrt((d * d).sum(1, keepdim=True) + self.floor)
-        return [n, torch.linalg.cross(b2, b3, dim=1), torch.linalg.cross(b3, b1, dim=1),
+    def _parts(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of distances, cosines and volumes, each [n_frames, 1, n]."""
+        m, k = self.n_pairs, self.n_pairs + self.n_triples
+        return weight[:, None, :m], weight[:, None, m:k], weight[:, None, k:]
+
+    def values(self, x: Tensor) -> Tensor:
+        """Coordinates [n_frames, n_coordinates] of frames [n_frames, n_atoms, 3]."""
+        d, u, v, b1, b2, b3 = self._edges(x)
+        cosine = (u * v).sum(1, keepdim=True) / (self._length(u) * self._length(v))
+        volume = (b1 * torch.linalg.cross(b2, b3, dim=1)).sum(1, keepdim=True)
+        return torch.cat([self._length(d), cosine, volume], dim=2)[:, 0]
+
+    def _slopes(self, edges: list[Tensor]) -> list[Tensor]:
+        """Derivative of every coordinate in its own edges."""
+        d, u, v, b1, b2, b3 = edges
+        p, q = self._length(u), self._length(v)
+        n, m = u / p, v / q
+        c = (n * m).sum(1, keepdim=True)
+        return [d / self._length(d), (m - c * n) / p, (n - c * m) / q,
+                torch.linalg.cross(b2, b3, dim=1), torch.linalg.cross(b3, b1, dim=1),
                 torch.linalg.cross(b1, b2, dim=1)]  # fmt: skip
 
     def pullback(self, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of ``sum_i weight_i q_i`` [n_frames, n_atoms, 3]."""
-        d, b1, b2, b3 = self._edges(x)
-        n, f1, f2, f3 = self._unit(d, b1, b2, b3)
-        a, g = weight[:, None, : self.n_pairs], weight[:, None, self.n_pairs :]
-        return self._to_atoms([n * a, f1 * g, f2 * g, f3 * g])
+        s = self._slopes(self._edges(x))
+        a, b, g = self._parts(weight)
+        return self._to_atoms([s[0] * a, s[1] * b, s[2] * b, s[3] * g, s[4] * g, s[5] * g])
 
     def push(self, x: Tensor, v: Tensor) -> Tensor:
         """Derivative of the coordinates along v [n_frames, n_coordinates]."""
-        d, b1, b2, b3 = self._edges(x)
-        n, f1, f2, f3 = self._unit(d, b1, b2, b3)
-        dv, v1, v2, v3 = self._edges(v)
-        return torch.cat([(n * dv).sum(1), (f1 * v1 + f2 * v2 + f3 * v3).sum(1)], dim=1)
+        s = self._slopes(self._edges(x))
+        w = self._edges(v)
+        return torch.cat([
+            (s[0] * w[0]).sum(1),
+            (s[1] * w[1] + s[2] * w[2]).sum(1),
+            (s[3] * w[3] + s[4] * w[4] + s[5] * w[5]).sum(1),
+        ], dim=1)  # fmt: skip
 
     def jacobian(self, x: Tensor) -> Tensor:
         """dq/dx [n_frames, n_coordinates, 3 n_atoms]."""
-        d, b1, b2, b3 = self._edges(x)
-        n, f1, f2, f3 = self._unit(d, b1, b2, b3)
-        m, k = self.n_pairs, self.n_quads
-        e = self.edges.t()[:, :, None]
-        pairs = e[:m] * n.transpose(1, 2)[:, :, None]
-        quads = (
-            e[m : m + k] * f1.transpose(1, 2)[:, :, None]
-            + e[m + k : m + 2 * k] * f2.transpose(1, 2)[:, :, None]
-            + e[m + 2 * k :] * f3.transpose(1, 2)[:, :, None]
-        )
-        return torch.cat([pairs, quads], dim=1).flatten(2)
+        s = self._slopes(self._edges(x))
+        e = self.edges.t().split(self.sizes, dim=0)
+        each = [e[k][:, :, None] * s[k].transpose(1, 2)[:, :, None] for k in range(6)]
+        return torch.cat([each[0], each[1] + each[2], each[3] + each[4] + each[5]], dim=1).flatten(2)
+
+    def laplacian(self, x: Tensor) -> Tensor:
+        """Sum of the second derivatives [n_frames, n_coordinates]."""
+        d, u, v, _, _, _ = self._edges(x)
+        r, p, q = self._length(d), self._length(u), self._length(v)
+        n, m, o = d / r, u / p, v / q
+        c = (m * o).sum(1)
+        a, b = (m * m).sum(1), (o * o).sum(1)  # 1 but for the smoothing
+        p, q = p[:, 0], q[:, 0]
+        own = -c * (5.0 - 3.0 * a) / (p * p) - c * (5.0 - 3.0 * b) / (q * q)
+        cosine = 2.0 * own + 2.0 * (3.0 - a - b + c * c) / (p * q)
+        # a volume is linear in each of its atoms
+        none = torch.zeros(x.shape[0], self.sizes[5], dtype=x.dtype)
+        return torch.cat([2.0 * (3.0 - (n * n).sum(1)) / r[:, 0], cosine, none], dim=1)
 
     def curvature(self, x: Tensor, weight: Tensor, v: Tensor) -> Tensor:
         """Hessian of ``sum_i weight_i q_i`` times a direction v [n_frames, n_atoms, 3]."""
-        d, b1, b2, b3 = self._edges(x)
-        dv, v1, v2, v3 = self._edges(v)
-        r = torch.sqrt((d * d).sum(1, keepdim=True) + self.floor)
-        n = d / r
-        bent = (dv - n * (n * dv).sum(1, keepdim=True)) * (weight[:, None, : self.n_pairs] / r)
-        g = weight[:, None, self.n_pairs :]
+        d, u, w, b1, b2, b3 = self._edges(x)
+        dd, du, dw, v1, v2, v3 = self._edges(v)
+        a, b, g = self._parts(weight)
+        r, p, q = self._length(d), self._length(u), self._length(w)
+        k, n, m = d / r, u / p, w / q
+        c = (n * m).sum(1, keepdim=True)
+        dp, dq = (n * du).sum(1, keepdim=True), (m * dw).sum(1, keepdim=True)
+        dn, dm = (du - n * dp) / p, (dw - m * dq) / q
+        dc = (dn * m + n * dm).sum(1, keepdim=True)
         return self._to_atoms([
-            bent,
+            (dd - k * (k * dd).sum(1, keepdim=True)) * (a / r),
+            ((dm - c * dn - dc * n) - (m - c * n) * (dp / p)) * (b / p),
+            ((dn - c * dm - dc * m) - (n - c * m) * (dq / q)) * (b / q),
             (torch.linalg.cross(v2, b3, dim=1) + torch.linalg.cross(b2, v3, dim=1)) * g,
             (torch.linalg.cross(v3, b1, dim=1) + torch.linalg.cross(b3, v1, dim=1)) * g,
             (torch.linalg.cross(v1, b2, dim=1) + torch.linalg.cross(b1, v2, dim=1)) * g,
@@ -212,21 +245,32 @@ class StiffDenoiser(torch.nn.Module):
 
 def shape_coordinates(
     graph: MolecularGraph, sites: Sequence[int] = ()
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All distances, and the volumes of torsions and impropers, of a graph.
+) -> tuple[ShapeCoordinates, np.ndarray, np.ndarray]:
+    """All distances, cosines of angles, and volumes of torsions and impropers, of a graph.
 
     Atoms of ``sites`` are kept apart from those that the graph makes them equivalent to.
 
     Returns
     -------
-    pairs : int64 array [n_pairs, 2]
-    quads : int64 array [n_quads, 4]
-    cls : int64 array [n_pairs + n_quads]
-        Symmetry class of each.
+    coordinates : ShapeCoordinates
+    cls : int64 array [n_coordinates]
+        Symmetry class of each coordinate.
+    role : array of str [n_coordinates]
+        "bond", "1-3", "1-4", "nonbonded", "angle", "torsion" or "improper".
     """
     elements = tuple(f"{e}*{k}" if k in sites else e for k, e in enumerate(graph.elements))
     found = internal_coordinates(MolecularGraph(elements, graph.bonds))
     kind = found.kind[found.cls]
-    pairs, quads = np.flatnonzero(kind == DISTANCE), np.flatnonzero(kind == TORSION)
-    _, cls = np.unique(found.cls[np.concatenate([pairs, quads])], return_inverse=True)
-    return found.atoms[pairs, :2], found.atoms[quads], cls.astype(np.int64)
+    order = np.concatenate([np.flatnonzero(kind == k) for k in (DISTANCE, ANGLE, TORSION)])
+    return (
+        chosen_coordinates(found.atoms[order], kind[order], graph.n_atoms),
+        np.unique(found.cls[order], return_inverse=True)[1].astype(np.int64),
+        np.array(found.role)[found.cls[order]],
+    )
+
+
+def chosen_coordinates(atoms: np.ndarray, kind: np.ndarray, n_atoms: int) -> ShapeCoordinates:
+    """Coordinates of the rows of ``InternalCoordinates.atoms``, distances first, torsions last."""
+    return ShapeCoordinates(
+        atoms[kind == DISTANCE][:, :2], atoms[kind == ANGLE][:, :3], atoms[kind == TORSION], n_atoms
+    )
