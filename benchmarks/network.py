@@ -40,7 +40,7 @@ SEED = 4100
 SEEDS = (1, 2)
 N_FRAMES, N_TEST, INTERVAL = 3000, 1000, 500
 SIGMAS = (0.005, 0.01, 0.02)
-N_Y, N_POSTERIOR = 20, 2000
+N_Y, N_POSTERIOR = 15, 1500
 SCHEDULE = VESchedule(0.02)
 
 
@@ -289,7 +289,7 @@ def table(found: dict[str, dict]) -> str:
     if "fields" in found:
         lines += [
             "",
-            f"## Noised fields at y, by the artefact's own methods, against posterior MD ({N_Y} frames a row)",
+            f"## Noised fields at y, by the artefact's own methods, against posterior MD ({N_Y} frames)",
             "",
             "physical: its noised tables. envelope: the physical model's clean action, noised by its",
             "posterior's mode; what a residual starts from. +-: bootstrap over frames.",

@@ -92,7 +92,7 @@ class NetworkSettings:
 
     width: int = 64
     channels: int = 6
-    n_steps: int = 1500
+    n_steps: int = 1000
     batch: int = 32
     learning_rate: float = 2e-3
     decay: float = 0.99
@@ -102,11 +102,11 @@ class NetworkSettings:
     n_draws: int = 1
 
 
-RESIDUAL = NetworkSettings(width=32, channels=3, n_steps=600, learning_rate=5e-4, check_every=100)
+RESIDUAL = NetworkSettings(width=32, channels=3, n_steps=300, learning_rate=5e-4, check_every=50)
 """Settings for a residual: it has less to learn, from targets that are mostly noise."""
 
 
-def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 2) -> StiffDenoiser:
+def fit_denoiser(x: Any, graph: MolecularGraph, *, n_steps: int = 3) -> StiffDenoiser:
     r"""Harmonic prior of the stiff coordinates by implicit score matching, in closed form.
 
     .. math:: S = \sum_c \tfrac{k_c}{2} \sum_{i \in c} (q_i - \bar q_c)^2, \qquad k_c \ge 0
@@ -217,9 +217,7 @@ def _start(model: NetworkAction, x: list[np.ndarray], o: list[np.ndarray], holdo
         network = model.operator_network
         held = np.concatenate([_blocks(len(v), holdout) for v in x])
         frames = torch.as_tensor(np.concatenate(x))
-        ones = torch.zeros(len(frames), 4, dtype=torch.float64)
-        design = torch.cat([network.layers(network.embed(f)[0], g)[0]
-                            for f, g in zip(frames.split(250), ones.split(250), strict=True)]).numpy()  # fmt: skip
+        design = torch.cat([network.pooled(network.embed(f)[0]) for f in frames.split(250)]).numpy()
         centre, values = design[~held].mean(0), np.concatenate(o)
         mean = values[~held].mean()
         pieces = []

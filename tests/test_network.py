@@ -303,7 +303,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 def test_training_lowers_the_held_out_loss():
     model, record = fitted(settings=dataclasses.replace(SMALL, n_steps=60, check_every=20, batch=8))
     losses = [loss for _, loss in record["losses"]]
-    assert min(losses) < 0.9 * losses[0]
+    assert min(losses) < losses[0] - 0.05 * abs(losses[0])
     assert record["best_step"] > 0
     _, gradient, _ = model.fields(torch.as_tensor(tiny.frames()[0][:20]), *flat(0, 20))
     assert torch.isfinite(gradient).all()

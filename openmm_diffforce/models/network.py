@@ -52,7 +52,7 @@ GATES_NM = (0.003, 0.01, 0.03)
 """Networks see the noise through ``tau^2 / (tau^2 + s^2)`` for each s [nm] of these."""
 
 MAX_TAU = 0.0201
-"""Largest noise-to-signal ratio [nm]: beyond, two Gauss-Newton steps do not find x_hat."""
+"""Largest noise-to-signal ratio [nm]: beyond, three Gauss-Newton steps do not find x_hat."""
 
 CORNER = 1e-3
 """D >= 0 is the smooth positive part of its network's output; this rounds its corner."""
@@ -66,9 +66,9 @@ class ShapeNetwork(torch.nn.Module):
         e_{ck} = \sum_{i \in c} \tfrac12 \ln(1 + e^{2 (\tilde q_i - p_{ck})}), \quad
         h = \tanh(U [e, g]), \quad h' = \tanh(U' h), \quad f = V h' + \sum_k g_k V_k e
 
-    with q~ the standardised coordinates (inverse distances, cosines, volumes), p places at first spread
-    evenly, g the noise gates and a one. The hinges e go on as straight lines beyond the data. The last term is a sum of functions of single coordinates,
-    as classical terms are; the other couples them.
+    with q~ the standardised coordinates (inverse distances, cosines, volumes), p places evenly spread at
+    first, g the noise gates and a one. The last term is a sum of functions of single coordinates, as
+    classical terms are; the other couples them. The hinges e go on straight beyond the data.
 
     Parameters
     ----------
@@ -171,16 +171,19 @@ class ShapeNetwork(torch.nn.Module):
         second = (2.0 * rise * (1.0 - rise) * (slope * slope)[:, :, None] + rise * bend[:, :, None]) * square
         second = second + first * self.coordinates.laplacian(x)[:, :, None]
 
-        def pooled(each: Tensor) -> Tensor:
-            zero = torch.zeros(len(x), self.n_classes, *each.shape[2:], dtype=each.dtype)
-            return zero.index_add(1, self.cls, each).flatten(1, 2)
+        gradient = first[..., None] * jacobian[:, :, None]
+        zero = torch.zeros(len(x), self.n_classes, *gradient.shape[2:], dtype=x.dtype)
+        summed = zero.index_add(1, self.cls, gradient).flatten(1, 2)
+        return self.pooled(e.transpose(0, 1)), summed, self.pooled(second.transpose(0, 1))
 
-        return pooled(e), pooled(first[..., None] * jacobian[:, :, None]), pooled(second)
+    def pooled(self, e: Tensor) -> Tensor:
+        """Sums of the hinges over each class [n_frames, n_features]."""
+        zero = torch.zeros(self.n_classes, e.shape[1], e.shape[2], dtype=e.dtype)
+        return zero.index_add(0, self.cls, e).transpose(0, 1).flatten(1)
 
     def layers(self, e: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled functions, and the two hidden layers."""
-        zero = torch.zeros(self.n_classes, e.shape[1], e.shape[2], dtype=e.dtype)
-        pooled = zero.index_add(0, self.cls, e).transpose(0, 1).flatten(1)
+        pooled = self.pooled(e)
         h = torch.tanh(torch.matmul(torch.cat([pooled, gates], dim=1), self.first))
         return pooled, h, torch.tanh(torch.matmul(h, self.second) + self.bias)
 
@@ -235,7 +238,7 @@ class NetworkAction(ActionModel):
     width, channels : int
         Hidden units, functions per coordinate.
     operator_mean, operator_spread : float
-        Mean and standard deviation of O over the frames [kT]: where A starts from, and its unit.
+        Mean and standard deviation of O over the frames [kT]: where A starts from (alone), its unit.
 
     Raises
     ------
@@ -250,7 +253,6 @@ class NetworkAction(ActionModel):
     """
 
     gate_squares: Tensor
-    base: EnvelopeAction | None
 
     def __init__(
         self, graph: MolecularGraph, sites: Sequence[int], denoiser: StiffDenoiser,
@@ -284,9 +286,11 @@ class NetworkAction(ActionModel):
         self.base = base
         offset = 0.0 if base is not None else float(operator_mean)
         self.operator_offset = offset
-        self.base_network = ShapeNetwork(graph, (), width=width, channels=channels, scale=[5.0])
+        # what is left to a residual is small: small units keep training from overshooting it
+        size, unit = (1.0, 0.3 * operator_spread) if base is not None else (5.0, operator_spread)
+        self.base_network = ShapeNetwork(graph, (), width=width, channels=channels, scale=[size])
         self.operator_network = ShapeNetwork(
-            graph, chosen, width=width, channels=channels, scale=[float(operator_spread)] * 2
+            graph, chosen, width=width, channels=channels, scale=[float(unit)] * 2
         )
 
     def _noise(self, t: Tensor) -> tuple[Tensor, Tensor]:

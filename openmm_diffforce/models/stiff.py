@@ -175,7 +175,7 @@ class StiffDenoiser(torch.nn.Module):
     one: Tensor
 
     def __init__(
-        self, coordinates: ShapeCoordinates, stiffness: Tensor, centre: Tensor, n_steps: int = 2
+        self, coordinates: ShapeCoordinates, stiffness: Tensor, centre: Tensor, n_steps: int = 3
     ) -> None:
         super().__init__()
         self.coordinates = coordinates
