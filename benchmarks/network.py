@@ -37,10 +37,10 @@ from openmm_diffforce.systems import (
 from openmm_diffforce.training import fit_physical_model
 
 SEED = 4100
-SEEDS = (1, 2)
+SEEDS = (1,)
 N_FRAMES, N_TEST, INTERVAL = 3000, 1000, 500
 SIGMAS = (0.005, 0.01, 0.02)
-N_Y, N_POSTERIOR = 15, 1500
+N_Y, N_POSTERIOR = 12, 1000
 SCHEDULE = VESchedule(0.02)
 
 

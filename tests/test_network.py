@@ -250,6 +250,19 @@ def test_linear_in_lambda_without_noise_and_concave_with_it(residual):
     assert (rise >= high - 1e-9).all()
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("noise", [0.0, 0.8])
+def test_increment_is_the_difference_in_lambda(residual, noise):
+    model = network("VP", residual)
+    x, t, lam = batch()
+    t = torch.full_like(t, noise)
+    with_lam, without = model.fields(x, t, lam), model.fields(x, t, 0 * lam)
+    action, gradient, operator = model.increment_fields(x, t, lam)
+    np.testing.assert_allclose(action, with_lam[0] - without[0], atol=1e-8)
+    np.testing.assert_allclose(gradient, with_lam[1] - without[1], atol=1e-6)
+    close(operator, with_lam[2])
+
+
 def test_a_residual_without_noise_is_its_base():
     model = network("VE", True)
     x, _, lam = batch()
@@ -301,12 +314,21 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_training_lowers_the_held_out_loss():
-    model, record = fitted(settings=dataclasses.replace(SMALL, n_steps=60, check_every=20, batch=8))
+    settings = dataclasses.replace(SMALL, n_steps=40, check_every=10, batch=8, learning_rate=0.02)
+    with mock.patch.object(network_training, "_start"):  # from zero: the steps have work to do
+        model, record = fitted(settings=settings)
     losses = [loss for _, loss in record["losses"]]
-    assert min(losses) < losses[0] - 0.05 * abs(losses[0])
+    assert min(losses) < losses[0] - 0.02 * abs(losses[0])
     assert record["best_step"] > 0
     _, gradient, _ = model.fields(torch.as_tensor(tiny.frames()[0][:20]), *flat(0, 20))
     assert torch.isfinite(gradient).all()
+
+
+def test_the_closed_form_start_knows_the_operator():
+    x_1, o_1 = tiny.frames()[2:]
+    model, _ = fitted(settings=dataclasses.replace(SMALL, channels=6, n_steps=1, check_every=1))
+    operator = model.fields(torch.as_tensor(x_1), *flat(1, len(x_1)))[2].numpy()
+    assert np.corrcoef(operator, o_1)[0, 1] > 0.9
 
 
 def test_same_seed_same_weights_other_seed_others():
@@ -419,9 +441,9 @@ def test_a_loss_that_is_not_finite_is_refused():
 # ------------------------------------------------------------------------------ as a force
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("residual", "mode"), [(False, "add"), (False, "operator"), (True, "operator")])
 @pytest.mark.parametrize("backend", ["torchforce", "python"])
-def test_force_of_an_exported_network(tmp_path, residual, backend):
+def test_force_of_an_exported_network(tmp_path, residual, mode, backend):
     if available_backends()[backend] != "ok":
         pytest.skip(available_backends()[backend])
     case = tiny.case()
@@ -431,18 +453,17 @@ def test_force_of_an_exported_network(tmp_path, residual, backend):
     loaded = load_artefact(path)
     for found, expected in zip(loaded.model.fields(*batch()), model.fields(*batch()), strict=True):
         close(found, expected)
-    for mode in ("add", "operator"):
-        system = openmm.System()
-        for atom in range(case.system_0.getNumParticles()):
-            system.addParticle(case.system_0.getParticleMass(atom))
-        force = DiffusionForce(path, topology=case.topology, mode=mode, backend=backend)
-        system.addForce(force)
-        context = make_context(system, temperature=TEMPERATURE, timestep=0.001, friction=1.0,
-                               platform="Reference", seed=1)  # fmt: skip
-        context.setPositions(tiny.frame())
-        context.setParameter(force.parameter("lambda"), 0.3)
-        for noise in (0.6,) if residual else (0.0, 0.6):
-            context.setParameter(force.parameter("noise"), noise)
-            assert_forces_match_energy(context, atoms=[11], relative=1e-5)
-            assert_parameter_derivative(context, force.parameter("lambda"),
-                                        force.energy_derivative(context), relative=1e-5)  # fmt: skip
+    system = openmm.System()
+    for atom in range(case.system_0.getNumParticles()):
+        system.addParticle(case.system_0.getParticleMass(atom))
+    force = DiffusionForce(path, topology=case.topology, mode=mode, backend=backend)
+    system.addForce(force)
+    context = make_context(system, temperature=TEMPERATURE, timestep=0.001, friction=1.0,
+                           platform="Reference", seed=1)  # fmt: skip
+    context.setPositions(tiny.frame())
+    context.setParameter(force.parameter("lambda"), 0.3)
+    for noise in (0.6,) if residual or mode == "add" else (0.0, 0.6):
+        context.setParameter(force.parameter("noise"), noise)
+        assert_forces_match_energy(context, atoms=[11], relative=1e-5)
+        assert_parameter_derivative(context, force.parameter("lambda"),
+                                    force.energy_derivative(context), relative=1e-5)  # fmt: skip

@@ -173,6 +173,15 @@ class EnvelopeAction(ActionModel):
         return action + self.n_dof * torch.log(alpha), gradient / alpha[:, None, None], d_lam
 
     @torch.jit.export
+    def increment_fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """S(x,t,lam) - S(x,t,0), its x-gradient and its lam-derivative; cheap without noise."""
+        if not bool((t > 0).any()):
+            return self.base.increment_fields(x, t, lam)
+        action, gradient, d_lam = self.fields(x, t, lam)
+        action_0, gradient_0, _ = self.fields(x, t, torch.zeros_like(lam))
+        return action - action_0, gradient - gradient_0, d_lam
+
+    @torch.jit.export
     def operator_gradient(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Gradient of the noised operator, d2S/dx dlam [n_frames, n_atoms, 3], in 1/nm."""
         alpha, sigma = self._noise(t)

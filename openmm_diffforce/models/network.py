@@ -354,6 +354,28 @@ class NetworkAction(ActionModel):
         return action + self.n_dof * torch.log(alpha), gradient, d_lam
 
     @torch.jit.export
+    def increment_fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """S(x,t,lam) - S(x,t,0), its x-gradient and its lam-derivative: the operator's part alone."""
+        alpha, sigma = self._noise(t)
+        z, tau = x / alpha[:, None, None], sigma / alpha
+        gates, active, noised = self._gates(tau)
+        xs, factors, us, _ = self.denoiser.denoise(z, tau)
+        found = xs[-1]
+        e, slope = self.operator_network.embed(found)
+        pooled, h, last = self.operator_network.layers(e, gates)
+        a = self.operator_network.output(pooled, last, gates)
+        fall = noised * positive_part(a[:, 1])
+        operator = self.operator_offset + active * a[:, 0]
+        seed = torch.stack([lam * active, -0.5 * lam * lam * noised * positive_slope(a[:, 1])], dim=1)
+        pull = self.operator_network.pullback(found, gates, e, slope, h, last, seed)
+        gradient = self.denoiser.pullback(tau, xs, factors, us, pull, False) / alpha[:, None, None]
+        action, d_lam = lam * operator - 0.5 * lam * lam * fall, operator - lam * fall
+        if self.base is not None:
+            below, below_x, d_below = self.base.increment_fields(x, t, lam)
+            return action + below, gradient + below_x, d_lam + d_below
+        return action, gradient, d_lam
+
+    @torch.jit.export
     def operator_gradient(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Gradient of the noised operator, d2S/dx dlam [n_frames, n_atoms, 3], in 1/nm."""
         alpha, sigma = self._noise(t)
