@@ -13,6 +13,12 @@ implicit score matching as tau -> 0, where that of one draw has no finite varian
 ``w = tau^2 + s^2``, s^-2 the mean square of the stiff score per coordinate, gives every level a
 comparable say.
 
+A network alone starts from a solved problem: its additive layers at t = 0, in which it is linear,
+come from the normal equations of implicit score matching (base action, end 0) and of least squares
+(operator, both ends). The gradient steps then couple coordinates and learn the noise.
+
+A residual trains on a fixed set of noised frames, because its base costs a search for a mode each.
+
 This module stands beside ``training.py``, which holds the closed-form fits.
 
 References

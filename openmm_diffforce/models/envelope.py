@@ -41,14 +41,16 @@ class EnvelopeAction(ActionModel):
     ----------
     base : PhysicalModel
         Only its tables at t = 0 are used.
+    denoiser : StiffDenoiser
+        Where the search starts, and the stiffness that it starts with; the mode is the base's.
     schedule : VESchedule or VPSchedule
 
     Notes
     -----
-    Deterministic. Damped Newton steps from y, shifted where the Hessian is not positive: tens of
-    Hessians of 3 n_atoms columns per noised frame, nothing at t = 0. Which basin's mode is found
-    can change from one y to the next where noise blurs two basins together; the action is
-    continuous only where it does not. A search that does not end raises RuntimeError.
+    Deterministic. BFGS steps from the denoised frame: tens of evaluations of the base per noised
+    frame, none of them where t = 0. Which mode is found can change from one y to the next where
+    noise blurs two basins together; there the action jumps. A search that does not end raises
+    RuntimeError. Wherever the mode is found the derivatives are exact to its tolerance, 1e-9 nm.
     """
 
     def __init__(self, base: PhysicalModel, denoiser: StiffDenoiser, schedule: NoiseSchedule) -> None:

@@ -75,8 +75,8 @@ class ShapeNetwork(torch.nn.Module):
     graph : MolecularGraph
     sites : sequence of int
         Atoms kept apart from their equivalents.
-    width, channels, n_out : int
-        Hidden units, functions per coordinate, outputs.
+    width, channels : int
+        Hidden units, functions per coordinate.
     scale : sequence of float
         Size of each output [kT].
     """
