@@ -18,7 +18,7 @@ d              degrees of freedom, 3 n_atoms - 3
 =============  ===========================================================================
 
 Noise along stiff bonds dwarfs what the soft coordinates show of themselves, and no sum of
-functions of noised distances can undo it: hence x_hat. The networks see standardised distances,
+functions of noised distances can undo it: hence x_hat. The networks see standardised inverse distances,
 cosines of angles and signed volumes of x_hat, and nothing else.
 
 The clean limit is built in. At t = 0, x_hat = y and D = 0, so that S is linear in lambda. As a
