@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import openmm
 import torch
 
 from openmm_diffforce.alanine import TEMPERATURE, alanine_case
@@ -224,11 +223,7 @@ def steps(out: Path) -> dict:
     found = {}
     for name in ("physical", f"alone_{SEEDS[0]}", "envelope", f"residual_{SEEDS[0]}"):
         for sigma in (0.0, 0.01):
-            system = openmm.System()
-            for atom in range(case.system_0.getNumParticles()):
-                system.addParticle(case.system_0.getParticleMass(atom))
-            for classical in clone_system(case.system_0).getForces():
-                system.addForce(openmm.XmlSerializer.clone(classical))
+            system = clone_system(case.system_0)
             force = DiffusionForce(
                 out / f"{name}.diffforce", topology=case.topology, mode="operator", backend="python"
             )
