@@ -345,6 +345,8 @@ class NetworkAction(ActionModel):
     @torch.jit.export
     def fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S [n_frames], dS/dx [n_frames, n_atoms, 3] (1/nm) and dS/dlam [n_frames]."""
+        if self.base is not None and not bool((t > 0).any()):
+            return self.base.fields(x, t, lam)  # nothing to add, and nothing to denoise
         alpha, sigma = self._noise(t)
         action, gradient, d_lam = self.own_fields(x / alpha[:, None, None], sigma / alpha, lam)
         gradient = gradient / alpha[:, None, None]
@@ -356,6 +358,8 @@ class NetworkAction(ActionModel):
     @torch.jit.export
     def increment_fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S(x,t,lam) - S(x,t,0), its x-gradient and its lam-derivative: the operator's part alone."""
+        if self.base is not None and not bool((t > 0).any()):
+            return self.base.increment_fields(x, t, lam)  # nothing to add, and nothing to denoise
         alpha, sigma = self._noise(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         gates, active, noised = self._gates(tau)
@@ -378,6 +382,8 @@ class NetworkAction(ActionModel):
     @torch.jit.export
     def operator_gradient(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Gradient of the noised operator, d2S/dx dlam [n_frames, n_atoms, 3], in 1/nm."""
+        if self.base is not None and not bool((t > 0).any()):
+            return self.base.operator_gradient(x, t, lam)  # nothing to add, and nothing to denoise
         alpha, sigma = self._noise(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         gates, active, noised = self._gates(tau)
