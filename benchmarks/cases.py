@@ -72,7 +72,7 @@ def fitted(case: AlanineCase, lengths: Lengths, folder: Path) -> tuple[Path, dic
             model, path, graph=graph, schedule=schedule, temperature=TEMPERATURE, training=training
         )
     test = (ends[0][lengths.n_train :], ends[1][lengths.n_train :])
-    return path, demo.fit_quality(case, load_artefact(path).model, test)
+    return path, demo.fit_quality(load_artefact(path).model, case.system_0, case.pair, test)
 
 
 def run_part(

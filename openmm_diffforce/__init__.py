@@ -25,9 +25,13 @@ if TYPE_CHECKING:
     from .models.action import AutogradAction as AutogradAction
     from .models.action import ScoreModel as ScoreModel
     from .models.action import model_fields as model_fields
+    from .models.envelope import EnvelopeAction as EnvelopeAction
     from .models.examine import examine_model as examine_model
     from .models.graph import MolecularGraph as MolecularGraph
+    from .models.network import NetworkAction as NetworkAction
     from .models.physics import PhysicalModel as PhysicalModel
+    from .network_training import NetworkSettings as NetworkSettings
+    from .network_training import fit_network as fit_network
     from .reporters import DomainReporter as DomainReporter
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
@@ -42,7 +46,10 @@ _HOME = {
     "DiffusionForce": "force",
     "DomainReporter": "reporters",
     "EndStatePair": "alchemy",
+    "EnvelopeAction": "models.envelope",
     "MolecularGraph": "models.graph",
+    "NetworkAction": "models.network",
+    "NetworkSettings": "network_training",
     "PhysicalModel": "models.physics",
     "ScoreModel": "models.action",
     "VESchedule": "schedule",
@@ -50,6 +57,7 @@ _HOME = {
     "alanine_case": "alanine",
     "examine_model": "models.examine",
     "export_artefact": "artefact",
+    "fit_network": "network_training",
     "fit_physical_model": "training",
     "force_from_manifest": "force",
     "graph_from_topology": "systems",

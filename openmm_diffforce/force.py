@@ -163,7 +163,7 @@ class _TorchForceModule(torch.nn.Module):
         if interpolate is not None:
             factor = factor * float(interpolate)
         energy, forces, d_lam, unscaled = self.evaluator.evaluate(x, lam_value, float(noise), factor)
-        out = forces.to(positions.dtype)
+        out = forces.to(positions.dtype).contiguous()  # TorchForce reads raw memory, row by row
         if not self.every_atom:
             out = torch.zeros_like(positions)
             out[self.evaluator.atoms] = forces.to(positions.dtype)

@@ -108,6 +108,25 @@ def test_a_plain_module_becomes_a_force(path, mode, backend):
     assert_forces_match_energy(context)
 
 
+class Transposed(ActionModel):
+    """A gradient that lies transposed in memory, as einsum and permute leave it."""
+
+    def forward(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
+        return self.fields(x, t, lam)[0]
+
+    @torch.jit.export
+    def fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = x - x.mean(1, keepdim=True)
+        gradient = (100 * d).transpose(1, 2).contiguous().transpose(1, 2)
+        return 50 * (d * d).sum((1, 2)), gradient, torch.zeros_like(lam)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_order_in_memory_does_not_matter(tmp_path, backend):
+    context, _ = context_of(export(tmp_path / "m", Transposed()), "add", backend)
+    assert_forces_match_energy(context)
+
+
 def test_wrapped_by_hand_or_by_the_export_it_is_the_same(path, tmp_path):
     artefact = load_artefact(path)
     by_hand = load_artefact(export(tmp_path / "m", AutogradAction(Distances())))

@@ -247,6 +247,26 @@ class PhysicalModel(ActionModel):
         )  # fmt: skip
         return gradient / alpha[:, None, None]
 
+    @torch.jit.export
+    def hessian_product(self, x: Tensor, t: Tensor, lam: Tensor, v: Tensor) -> Tensor:
+        """Hessian of S in x times v, both [n_frames, n_atoms, 3]; v in nm gives 1/nm."""
+        alpha, sigma = self._noise(t)
+        z, tau = x / alpha[:, None, None], sigma / alpha
+        v = v / alpha[:, None, None]
+        still = torch.zeros_like(t)
+        out, _ = torch.ops.diffforce.internal_action_hvp(
+            z, tau, self.atoms, self.cls, self.kind, self.grid, self.offsets, self.coef,
+            self.base_sigma, v, still,
+        )  # fmt: skip
+        if self.has_operator:
+            pairs, _, _ = torch.ops.diffforce.pair_operator_hvp(
+                z, tau, lam, self.no_box, self.sites, self.env, self.pair_type, self.table,
+                self.r_grid, self.lam_knots, self.operator_sigma, self.r_switch, self.r_cutoff, True,
+                v, still, torch.zeros_like(lam),
+            )  # fmt: skip
+            out = out + pairs
+        return out / alpha[:, None, None]
+
 
 def check_noise_range(what: str, sigma_knots: np.ndarray, schedule: NoiseSchedule) -> None:
     """Noise knots must reach the schedule's noise at t = 1.
