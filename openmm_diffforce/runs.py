@@ -220,10 +220,13 @@ class EnergyDerivatives:
         return np.array([found[n] for n in names])
 
     def check(self, context: mm.Context, k: int) -> None:
-        """Hold dH/dlambda against a finite difference once: a wrong derivative is silent.
+        """Hold learned forces against the context; and dH/dlambda, once, against a finite difference.
 
-        ``context`` is left in state k.
+        A wrong derivative is silent. ``context`` is left in state k.
         """
+        for force in self.inputs.learned:
+            if hasattr(force, "check"):
+                force.check(context)
         names, values = self.inputs.names, self.inputs.values
         if not self.inputs.settings["dhdl"] or self.checked:
             return

@@ -15,10 +15,12 @@ import pytest
 
 from openmm_diffforce.alanine import alanine_case
 from openmm_diffforce.alchemy import lambda_states
-from openmm_diffforce.errors import ConvergenceError, InputError, ResumeError
-from openmm_diffforce.systems import potential_energies
+from openmm_diffforce.errors import ConvergenceError, IncompatibleSystemError, InputError, ResumeError
+from openmm_diffforce.force import DiffusionForce
+from openmm_diffforce.systems import clone_system, potential_energies
 from openmm_diffforce.windows import run_windows
 
+from . import tiny
 from .test_systems import spring_system, topology_of
 
 SMALL = {"n_frames": 6, "interval": 20, "n_equil": 50, "progress": False, "temperature": 300.0}
@@ -367,3 +369,19 @@ def test_out_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="out_dir"):
         run(tmp_path / "file")
+
+
+def test_a_learned_force_is_held_against_the_run(tmp_path: Path) -> None:
+    """Constraints under a learned base action are found before the first step of a run."""
+    case = tiny.case()
+    force = DiffusionForce(tiny.export(tmp_path / "m"), topology=case.topology, mode="add", backend="python")
+    system = clone_system(case.system_0)
+    system.addConstraint(0, 1, 0.109)
+    system.addForce(force)
+    with pytest.raises(IncompatibleSystemError, match="constraints=None"):
+        run_windows(
+            system, case.topology, case.positions, lambda_states(2, parameter=force.parameter("lambda")),
+            temperature=300.0, out_dir=tmp_path / "run", n_frames=2, interval=2, n_equil=2, learned=force,
+            progress=False,
+        )  # fmt: skip
+    assert not list((tmp_path / "run").glob("window_*.npz"))
