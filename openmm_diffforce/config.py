@@ -196,6 +196,16 @@ class ProjectWindowsSettings(Settings):
     n_frames: Count = Field(default=600, description="frames per window")
     interval: Count = Field(default=500, description="steps between frames")
     n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
+    exchange: bool = Field(
+        default=False, description="replica exchange between the windows, after every interval of steps"
+    )
+    n_workers: Count = Field(default=1, description="processes that share the windows (not with exchange)")
+
+    @model_validator(mode="after")
+    def _one_process(self) -> "ProjectWindowsSettings":
+        if self.exchange and self.n_workers > 1:
+            raise ValueError("n_workers: replica exchange runs in one process; set it to 1")
+        return self
 
 
 class ProjectSettings(Settings):

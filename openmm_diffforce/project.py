@@ -17,6 +17,7 @@ from .artefact import export_artefact, load_artefact
 from .config import ProjectSettings, StatesSettings, SystemParts, read_system
 from .constants import LAMBDA
 from .errors import InputError
+from .exchange import run_replica_exchange
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import PhysicalModel
@@ -107,13 +108,13 @@ def _with_idle_lambda(system: openmm.System) -> openmm.System:
 
 def _run(project: ProjectSettings, folder: str, system: openmm.System, parts: SystemParts,
          states: list[dict[str, float]], stage: Any, progress: Any, n_frames: int,
-         learned: DiffusionForce | None = None) -> WindowRun:  # fmt: skip
+         learned: DiffusionForce | None = None, n_workers: int = 1) -> WindowRun:  # fmt: skip
     return run_windows(
         system, parts.topology, parts.positions, states, temperature=project.temperature,
         out_dir=project.out_dir / folder, n_frames=n_frames, interval=stage.interval,
         n_equil=stage.n_equil, timestep=project.timestep, friction=project.friction,
         platform=project.platform, seed=project.seed, trajectory=project.trajectory,
-        learned=learned, progress=progress,
+        learned=learned, progress=progress, n_workers=n_workers,
     )  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def simulate_project(project: ProjectSettings, *, progress: Any = True) -> Windo
 
 
 def windows_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
-    """Lambda windows under the learned operator, in ``<out_dir>/windows``.
+    """Lambda windows (or replica exchange) under the learned operator, in ``<out_dir>/windows``.
 
     Raises
     ------
@@ -257,5 +258,13 @@ def windows_project(project: ProjectSettings, *, progress: Any = True) -> Window
     states = project.windows.states
     if isinstance(states, StatesSettings):
         states = lambda_states(states.n, states.power, parameter=force.parameter(LAMBDA))
+    if project.windows.exchange:
+        return run_replica_exchange(
+            system, parts.topology, parts.positions, states, temperature=project.temperature,
+            out_dir=project.out_dir / WINDOWS_DIR, n_iterations=project.windows.n_frames,
+            steps_per_iteration=project.windows.interval, n_equil=project.windows.n_equil,
+            timestep=project.timestep, friction=project.friction, platform=project.platform,
+            seed=project.seed, trajectory=project.trajectory, learned=force, progress=progress,
+        )  # fmt: skip
     return _run(project, WINDOWS_DIR, system, parts, states, project.windows, progress,
-                project.windows.n_frames, force)  # fmt: skip
+                project.windows.n_frames, force, project.windows.n_workers)  # fmt: skip

@@ -111,6 +111,19 @@ def test_windows_of_a_project(project):
     assert Path(run["out_dir"]) == (project.parent / "runs" / "windows").resolve()
 
 
+def test_replica_exchange_of_a_project(project, tmp_path):
+    content = yaml.safe_load(project.read_text())
+    content["windows"]["exchange"] = True
+    content["windows"]["states"] = {"n": 3}
+    content["out_dir"] = str(tmp_path)
+    path = project.parent / "exchange.yaml"
+    path.write_text(yaml.safe_dump(content))
+    (tmp_path / "model.diffforce").write_bytes((project.parent / "runs" / "model.diffforce").read_bytes())
+    run = json.loads(ok("windows", path, "--json"))
+    assert (run["n_states"], run["n_frames"]) == (3, 36)
+    assert "MBAR" in ok("estimate", tmp_path / "windows", "--no-decorrelate", "--min-overlap", "0")
+
+
 def test_stages_in_order(files, tmp_path):
     path = tmp_path / "p.yaml"
     ok(
