@@ -95,6 +95,9 @@ def demo(
     config: Annotated[Path | None, typer.Option(help="YAML file with settings of the demonstration.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute; the numbers mean little.")] = False,
     seed: Annotated[int | None, typer.Option(help="Every random number follows from it.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the windows; two if there are two cores.")
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -113,6 +116,9 @@ def demo(
         settings = DemoSettings.quick() if quick else DemoSettings()
     if seed is not None:
         settings = check_settings(DemoSettings, {**settings.model_dump(), "seed": seed}, "--seed")
+    if workers is not None or config is None:
+        workers = workers or min(2, os.cpu_count() or 1)
+        settings = check_settings(DemoSettings, {**settings.model_dump(), "n_workers": workers}, "--workers")
     record = run_demo(out, settings=settings, progress=progress and not (quiet or as_json))
     page = record.parent / "report.html"
     if not page.exists():

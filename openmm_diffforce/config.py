@@ -51,6 +51,7 @@ class DemoSettings(Settings):
     window_interval: Count = Field(default=500, description="steps between frames of a window")
     base_frames: Count = Field(default=400, ge=20, description="frames of the run on the base action alone")
     base_interval: Count = Field(default=500, description="steps between them")
+    n_workers: Count = Field(default=1, description="processes that share the windows; changes no number")
 
     @classmethod
     def quick(cls, **changes: Any) -> "DemoSettings":

@@ -246,6 +246,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
                 n_equil=settings.n_equil, timestep=settings.timestep, friction=settings.friction,
                 seed=settings.seed + (2000 if learned else 1000), trajectory="dcd",
                 learned=learned_force if learned else None, progress=progress,
+                n_workers=settings.n_workers,
             )  # fmt: skip
         estimates[name] = estimate_free_energy(runs[name].u_nk, runs[name].dHdl)
 
@@ -412,8 +413,9 @@ def _judge_base(
         x[:: max(1, len(x) // 100)], lambda frames: forces(system, frames)
     )
     drift = {
-        name: nve_drift(s, x[-1], timestep=0.5 * settings.timestep, n_steps=2000,
-                        seed=settings.seed + 4000)[0]
+        name: dict(zip(("value", "error"), nve_drift(
+            s, x[-1], timestep=0.5 * settings.timestep, n_steps=10000, seed=settings.seed + 4000
+        ), strict=True))
         for name, s in (("learned", system), ("classical", case.system_0))
     }  # fmt: skip
     everywhere, per_role = outside_fraction(x, base_tables(artefact.model, artefact.graph))

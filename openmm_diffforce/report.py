@@ -172,7 +172,7 @@ class BaseAction(Section):
     jsd_baseline: Number = None
     temperature_conf: Value | None = None
     wall_fraction: Number = None
-    nve_drift: dict[str, Number] = {}
+    nve_drift: dict[str, Value] = {}
 
 
 class Check(Section):

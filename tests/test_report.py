@@ -124,7 +124,7 @@ def a_record() -> dict[str, Any]:
             "jsd_baseline": 0.024,
             "temperature_conf": {"value": 301.2, "error": 1.9},
             "wall_fraction": 0.002,
-            "nve_drift": {"learned": 0.4, "classical": 0.5},
+            "nve_drift": {"learned": {"value": 0.4, "error": 0.1}, "classical": {"value": 0.5, "error": 0.1}},
         },
         "checks": [
             {
