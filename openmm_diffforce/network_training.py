@@ -196,7 +196,7 @@ def _start(model: NetworkAction, x: list[np.ndarray], o: list[np.ndarray], holdo
 
     def smooth(n_classes: int) -> np.ndarray:
         m = model.channels
-        return np.kron(np.eye(n_classes), _roughness(m, False) + 1e-3 * np.eye(m))
+        return np.kron(np.eye(n_classes), _roughness(m) + 1e-3 * np.eye(m))
 
     network = model.base_network
     chosen = x[0][:: max(1, len(x[0]) // START_FRAMES)]

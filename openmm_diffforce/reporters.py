@@ -186,10 +186,8 @@ class DomainReporter:
         knot = int(abs(base.sigma_knots - sigma).argmin())
         q = internal_values(x[None], base.coordinates)[0]
         cls = base.coordinates.cls
-        low = base.grid[knot, :, 0]
-        high = low + (np.diff(base.offsets) - 3) * base.grid[knot, :, 1]
-        beyond = np.maximum(low[cls] - q, q - high[cls]) / (high - low)[cls]
-        beyond[base.coordinates.kind[cls] == TORSION] = -np.inf
+        low, high = base.domain(knot)
+        beyond = np.maximum(low[cls] - q, q - high[cls]) / base.grid[knot, cls, 1]
         out = (beyond > 0) | ~np.isfinite(q)
         found = {"any": int(out.any())} | {r: int(out[self._role_of == r].any()) for r in self.roles}
         if not out.any():

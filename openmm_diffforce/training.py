@@ -67,21 +67,31 @@ DEFAULT_SIGMA_KNOTS = (0.0, 0.005, 0.01, 0.02, 0.05)
 """Noise levels at which the coefficients are fitted [nm]."""
 
 N_COEFS = {
-    "bond": 8,
-    "angle": 8,
+    "bond": 6,
+    "angle": 6,
     "torsion": 14,
     "improper": 12,
-    "1-3": 8,
+    "1-3": 6,
     "1-4": 10,
     "nonbonded": 14,
 }
-"""Spline coefficients of the base action per class, by role of the coordinate."""
+"""Spline coefficients of the base action per class, by role of the coordinate.
+
+Stiff coordinates cross the knots of their splines all the time, and each crossing (a jump of the third
+derivative) costs a Verlet step energy: few knots conserve it better, and fit as well.
+"""
 
 OPERATOR_SPACING = 0.02
 """Knot spacing of the pair operator's tables [nm]."""
 
 WALL_KT = 4.0
-"""Stiffness of the walls outside the data, in kT per squared knot spacing."""
+"""Least stiffness of the walls outside the data, in kT per squared knot spacing."""
+
+WALL_CELLS = 2
+"""Knot spacings beyond the data over which the curvature of a spline passes over to its wall's."""
+
+BASE_ROUGHNESS = 3
+"""Order of the differences that the base action's penalty squares: 3 leaves harmonic terms free."""
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Smoothness penalties tried, relative to the diagonal of the normal matrix."""
@@ -142,12 +152,15 @@ def _check_draws(n_draws: int) -> None:
         raise InputError(f"n_draws: expected a whole number >= 1, found {n_draws!r}.")
 
 
-def _roughness(n: int, periodic: bool) -> np.ndarray:
-    """Squared second differences of n coefficients, as a matrix [n, n]."""
-    if periodic:
-        d = np.roll(np.eye(n), 1, 1) - 2 * np.eye(n) + np.roll(np.eye(n), -1, 1)
-    else:
-        d = np.diff(np.eye(n), 2, axis=0)
+def _roughness(n: int, order: int = 2) -> np.ndarray:
+    """Squared differences of n coefficients, as a matrix [n, n]."""
+    d = np.diff(np.eye(n), order, axis=0)
+    return d.T @ d
+
+
+def _periodic_roughness(n: int) -> np.ndarray:
+    """Squared second differences of n coefficients on a circle, as a matrix [n, n]."""
+    d = np.roll(np.eye(n), 1, 1) - 2 * np.eye(n) + np.roll(np.eye(n), -1, 1)
     return d.T @ d
 
 
@@ -261,7 +274,10 @@ def fit_base_action(
     offsets = np.concatenate([[0], np.cumsum(n_coefs)]).astype(np.int64)
     periodic = coordinates.kind == TORSION
     penalty = scipy.linalg.block_diag(
-        *[_roughness(n, bool(p)) for n, p in zip(n_coefs, periodic, strict=True)]
+        *[
+            _periodic_roughness(n) if p else _roughness(n, BASE_ROUGHNESS)
+            for n, p in zip(n_coefs, periodic, strict=True)
+        ]
     ) + 1e-3 * np.eye(offsets[-1])  # the ridge fixes each spline's free constant
     block = np.repeat(np.arange(coordinates.n_classes), n_coefs)
     grid = np.empty((len(knots), coordinates.n_classes, 3))
@@ -303,7 +319,7 @@ def fit_base_action(
             sums = _with_rotations(sums, y, target, held, coordinates, graph, grid[m], offsets)
         coef[m], chosen = _best_penalty(*sums[0], *sums[1], penalty, block, holdout)
         levels.append({"sigma_nm": float(sigma), "n_frames": len(y), **chosen})
-    tables = BaseTables(coordinates, knots, grid, offsets, coef)
+    tables = _with_walls(BaseTables(coordinates, knots, grid, offsets, coef))
     return FitResult(tables, {"n_coefs": int(offsets[-1]), "levels": levels,
                               "cpu_seconds": time.process_time() - started})  # fmt: skip
 
@@ -399,7 +415,7 @@ def _spline_derivatives(
 
 
 def _class_grid(y: np.ndarray, coordinates: InternalCoordinates, n_coefs: np.ndarray) -> np.ndarray:
-    """(lo, spacing, wall) of every class: the range of the data, or the circle."""
+    """(lo, spacing, no wall yet) of every class: the range of the data, or the circle."""
     q = internal_values(y, coordinates)
     out = np.empty((coordinates.n_classes, 3))
     for c in range(coordinates.n_classes):
@@ -409,8 +425,42 @@ def _class_grid(y: np.ndarray, coordinates: InternalCoordinates, n_coefs: np.nda
         values = q[:, coordinates.cls == c]
         lo, hi = float(values.min()), float(values.max())
         spacing = max(hi - lo, 1e-6) / (n_coefs[c] - 3)
-        out[c] = (lo, spacing, WALL_KT / spacing**2)
+        out[c] = (lo, spacing, 0.0)
     return out
+
+
+def _with_walls(base: BaseTables) -> BaseTables:
+    """Continue every spline beyond its data into a harmonic wall, twice continuously differentiable.
+
+    The second difference of the coefficients is the spline's curvature at a knot, in kT per squared
+    spacing. Over ``WALL_CELLS`` intervals it goes in equal steps from what the fit has at the edge to
+    the wall's: the edge's own, but at least ``WALL_KT``. (A jump of the curvature costs Verlet dynamics
+    energy at each crossing.)
+    """
+    periodic = base.coordinates.kind == TORSION
+    n_coefs = np.diff(base.offsets) + np.where(periodic, 0, 2 * WALL_CELLS)
+    offsets = np.concatenate([[0], np.cumsum(n_coefs)]).astype(np.int64)
+    coef = np.empty((len(base.sigma_knots), offsets[-1]))
+    grid = base.grid.copy()
+    for m, row in enumerate(base.coef):
+        for c, flat in enumerate(periodic):
+            spline = row[base.offsets[c] : base.offsets[c + 1]]
+            if not flat:
+                wall = max(WALL_KT, *np.diff(spline, 2)[[0, -1]])
+                below, above = (_ramp(side, wall) for side in (spline[::-1], spline))
+                spline = np.concatenate([below[::-1], spline, above])
+                spacing = grid[m, c, 1]
+                grid[m, c] = (grid[m, c, 0] - WALL_CELLS * spacing, spacing, wall / spacing**2)
+            coef[m, offsets[c] : offsets[c + 1]] = spline
+    return BaseTables(base.coordinates, base.sigma_knots, grid, offsets, coef, WALL_CELLS)
+
+
+def _ramp(spline: np.ndarray, wall: float) -> np.ndarray:
+    """Coefficients [WALL_CELLS] that continue a spline beyond its last one."""
+    edge = np.diff(spline[-3:], 2)[0]
+    curvature = np.linspace(edge, wall, WALL_CELLS + 1)[1:]
+    slope = spline[-1] - spline[-2] + np.cumsum(curvature)
+    return np.asarray(spline[-1] + np.cumsum(slope))
 
 
 def _pair_design(y: np.ndarray, tables: OperatorTables, first: np.ndarray, n_coefs: int) -> np.ndarray:
@@ -512,7 +562,7 @@ def fit_operator(
         site_idx, env, pair_type, table, np.stack([low, spacing], axis=1),
         np.array([0.0, 1.0]), knots, r_switch, r_switch + 0.2,
     )  # fmt: skip
-    penalty = scipy.linalg.block_diag(*[_roughness(n_coefs, False)] * len(labels))
+    penalty = scipy.linalg.block_diag(*[_roughness(n_coefs)] * len(labels))
     penalty += 1e-3 * np.eye(len(penalty))
     block = np.repeat(np.arange(len(labels)), n_coefs)
 

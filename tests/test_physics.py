@@ -275,6 +275,7 @@ def test_base_tables_round_trip(tmp_path):
         for name in ("sigma_knots", "grid", "offsets", "coef"):
             assert np.array_equal(getattr(found, name), getattr(base, name))
         assert np.array_equal(found.coordinates.atoms, base.coordinates.atoms)
+        assert found.wall_cells == base.wall_cells > 0
 
 
 def test_base_tables_of_something_else():
@@ -329,6 +330,18 @@ def test_outside_fraction_of_hand_made_frames():
     assert outside_fraction(x, base, knot=1)[0] == 0.5  # 0.16 is now the top: 0.19 and 0.21
     assert outside_fraction(x[:2], base) == (0.0, {"1-3": 0.0, "angle": 0.0, "bond": 0.0})
     assert outside_fraction(x[2:], base)[0] == 1.0
+
+
+def test_domain_is_the_data_without_the_wall():
+    """One class by hand: 5 cells of 0.1 from 1.0, of which one on either side is wall."""
+    pair = MolecularGraph(("O", "H"), ((0, 1),))
+    c = internal_coordinates(pair)
+    grid = np.array([[[1.0, 0.1, 3.0]]] * 2)
+    base = BaseTables(c, np.array([0.0, 0.01]), grid, np.array([0, 8]), np.zeros((2, 8)), wall_cells=1)
+    low, high = base.domain()
+    np.testing.assert_allclose([low[0], high[0]], [1.1, 1.4])
+    x = np.array([[[0, 0, 0], [r, 0, 0]] for r in (1.05, 1.15, 1.35, 1.45)])
+    assert outside_fraction(x, base) == (0.5, {"bond": 0.5})
 
 
 def test_training_frames_are_inside():

@@ -289,6 +289,45 @@ def test_each_level_says_what_it_saw():
     json.dumps(fit.record, allow_nan=False)
 
 
+@pytest.mark.parametrize("knot", [0, 1])
+def test_walls_are_smooth_and_rise(knot):
+    """A diatomic's curve beyond its data: C2 up to the wall, whose curvature it then keeps."""
+    x = diatomics(400, np.random.default_rng(6), r0=0.5)  # the walls end well above zero
+    fit = fit_base_action(x, DIATOMIC, sigma_knots=(0.0, 0.01), generator=np.random.default_rng(0),
+                          n_draws=1)  # fmt: skip
+    first, spacing, wall = fit.tables.grid[knot, 0]
+    last = first + spacing * (np.diff(fit.tables.offsets)[0] - 3)
+    (low,), (high,) = fit.tables.domain(knot)
+    if knot == 0:
+        r = np.linalg.norm(x[:, 0] - x[:, 1], axis=-1)
+        np.testing.assert_allclose([low, high], [r.min(), r.max()])
+    assert wall * spacing**2 >= training.WALL_KT
+    model = PhysicalModel(fit.tables, None, VESchedule(0.01))
+
+    def curvature(r: np.ndarray, step: float = 1e-5) -> np.ndarray:
+        sigma = (0.0, 0.01)[knot]
+        return (slope_of(model, r + step, sigma) - slope_of(model, r - step, sigma)) / (2 * step)
+
+    # A step over every knot, edges of the data and of the wall among them, changes it continuously.
+    edges = np.arange(first, last + spacing / 2, spacing)
+    jump = abs(curvature(edges + 2e-5) - curvature(edges - 2e-5))
+    assert (jump < 1e-2 * wall).all()
+    beyond = np.array([first - 3 * spacing, first - 0.1 * spacing, last + 0.1 * spacing, last + 3 * spacing])
+    np.testing.assert_allclose(curvature(beyond), wall, rtol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 1.0])
+def test_penalty_leaves_harmonic_terms_free(penalty):
+    """However strong the penalty, a harmonic diatomic keeps its stiffness."""
+    x = diatomics(2000, np.random.default_rng(7))
+    with mock.patch.object(training, "PENALTIES", (penalty,)):
+        fit = fit_base_action(x, DIATOMIC, sigma_knots=(0.0, 0.01), generator=np.random.default_rng(0),
+                              n_draws=1)  # fmt: skip
+    r = np.linspace(LENGTH - 0.01, LENGTH + 0.01, 9)
+    slope = slope_of(PhysicalModel(fit.tables, None, VESchedule(0.01)), r)
+    assert np.polyfit(r, slope, 1)[0] == pytest.approx(STIFFNESS, rel=0.08)
+
+
 # ------------------------------------------------------------------ the operator
 
 

@@ -50,6 +50,9 @@ class BaseTables:
         Coefficients of class c are ``offsets[c]:offsets[c+1]``.
     coef : float64 array [n_knots, n_coefs]
         B-spline coefficients [kT].
+    wall_cells : int
+        Intervals of the spline on either side of the data, in which the curvature passes over to the
+        wall's; periodic coordinates have none.
     """
 
     coordinates: InternalCoordinates
@@ -57,6 +60,18 @@ class BaseTables:
     grid: np.ndarray
     offsets: np.ndarray
     coef: np.ndarray
+    wall_cells: int = 0
+
+    def domain(self, knot: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Smallest and largest training value of every class at a noise knot [nm or rad].
+
+        Periodic coordinates have no outside: -inf and inf.
+        """
+        first, spacing, _ = self.grid[knot].T
+        cells = np.diff(self.offsets) - 3
+        low, high = first + self.wall_cells * spacing, first + (cells - self.wall_cells) * spacing
+        periodic = self.coordinates.kind == TORSION
+        return np.where(periodic, -np.inf, low), np.where(periodic, np.inf, high)
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class PhysicalModel(ActionModel):
         for name, value, dtype in (
             ("atoms", c.atoms, i), ("cls", c.cls, i), ("kind", c.kind, i),
             ("grid", base.grid, f), ("offsets", base.offsets, i), ("coef", base.coef, f),
-            ("base_sigma", base.sigma_knots, f),
+            ("base_sigma", base.sigma_knots, f), ("wall_cells", np.array(base.wall_cells), i),
         ):  # fmt: skip
             keep(name, value, dtype)
         n_atoms = int(c.atoms.max()) + 1
@@ -296,10 +311,10 @@ def base_tables(model: torch.nn.Module, graph: MolecularGraph) -> BaseTables:
     buffers = dict(model.named_buffers())
     if "base_sigma" not in buffers or not np.array_equal(buffers["atoms"].numpy(), coordinates.atoms):
         raise InputError("base_tables: expected a PhysicalModel of this molecular graph.")
-    return BaseTables(
-        coordinates,
-        *(buffers[name].numpy() for name in ("base_sigma", "grid", "offsets", "coef")),
+    sigma_knots, grid, offsets, coef = (
+        buffers[name].numpy() for name in ("base_sigma", "grid", "offsets", "coef")
     )
+    return BaseTables(coordinates, sigma_knots, grid, offsets, coef, int(buffers.get("wall_cells", 0)))
 
 
 def internal_values(
@@ -329,16 +344,12 @@ def internal_values(
 
 
 def outside_fraction(x: np.ndarray, base: BaseTables, knot: int = 0) -> tuple[float, dict[str, float]]:
-    """Fraction of frames with a coordinate outside its spline's domain, in all and per role.
+    """Fraction of frames with a coordinate outside its training range, in all and per role.
 
     Periodic coordinates have no outside.
     """
     q = internal_values(np.asarray(x, dtype=float), base.coordinates)
-    n_coefs = np.diff(base.offsets)
-    lo = base.grid[knot, :, 0]
-    hi = lo + (n_coefs - 3) * base.grid[knot, :, 1]
-    periodic = base.coordinates.kind == TORSION
-    lo, hi = np.where(periodic, -np.inf, lo), np.where(periodic, np.inf, hi)
+    lo, hi = base.domain(knot)
     cls = base.coordinates.cls
     out = (q < lo[cls]) | (q > hi[cls])
     role = np.array(base.coordinates.role)[cls]
