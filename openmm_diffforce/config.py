@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
@@ -119,21 +119,36 @@ class StatesSettings(Settings):
     power: Positive = 1.0
 
 
-class WindowsSettings(Settings):
-    """One run of lambda windows; :func:`window_arguments` turns it into arguments."""
+class MoleculeSettings(Settings):
+    """The molecule and its dynamics: what :class:`WindowsSettings` and :class:`ProjectSettings` share."""
 
     system: SystemSettings
     topology: Path | None = Field(default=None, description="PDB file: topology and start; not with alanine")
     restrain_phi: bool = Field(False, description="alanine only: keep phi out of C7ax")
-    force: ForceSettings | None = None
-    states: StatesSettings | list[dict[str, float]] = StatesSettings()
     temperature: Positive = Field(default=300.0, description="K")
-    n_frames: Count = Field(description="frames per window")
-    interval: Count = Field(default=500, description="steps between frames")
-    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
     timestep: Positive = Field(default=0.001, description="ps")
     friction: Positive = Field(default=1.0, description="1/ps")
     platform: str | None = Field(default=None, description="OpenMM platform; by size if absent")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.system.alanine is None and self.topology is None:
+            raise ValueError("expected topology (a PDB file) beside the System; only alanine brings its own")
+        if self.system.alanine is not None and self.topology is not None:
+            raise ValueError("topology: alanine brings its own; remove this key")
+        if self.system.alanine is None and self.restrain_phi:
+            raise ValueError("restrain_phi belongs to alanine")
+        return self
+
+
+class WindowsSettings(MoleculeSettings):
+    """One run of lambda windows; :func:`window_arguments` turns it into arguments."""
+
+    force: ForceSettings | None = None
+    states: StatesSettings | list[dict[str, float]] = StatesSettings()
+    n_frames: Count = Field(description="frames per window")
+    interval: Count = Field(default=500, description="steps between frames")
+    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
     seed: Seed = 0
     minimize: bool = True
     trajectory: Literal["dcd", "xtc"] | None = "dcd"
@@ -141,13 +156,7 @@ class WindowsSettings(Settings):
     out_dir: Path
 
     @model_validator(mode="after")
-    def _fits(self) -> "WindowsSettings":
-        if self.system.alanine is None and self.topology is None:
-            raise ValueError("expected topology (a PDB file) beside the System; only alanine brings its own")
-        if self.system.alanine is not None and self.topology is not None:
-            raise ValueError("topology: alanine brings its own; remove this key")
-        if self.system.alanine is None and self.restrain_phi:
-            raise ValueError("restrain_phi belongs to alanine")
+    def _states_are_named(self) -> Self:
         if self.system.xml is not None and isinstance(self.states, StatesSettings) and not self.force:
             raise ValueError(
                 "states: a System from xml has parameters of its own; list the states as "
@@ -209,16 +218,10 @@ class ProjectWindowsSettings(Settings):
         return self
 
 
-class ProjectSettings(Settings):
+class ProjectSettings(MoleculeSettings):
     """One molecule from end states to Delta f: what sample, fit, simulate and windows share."""
 
-    system: SystemSettings
-    topology: Path | None = Field(default=None, description="PDB file: topology and start; not with alanine")
-    restrain_phi: bool = Field(False, description="alanine only: keep phi out of C7ax")
-    temperature: Positive = Field(default=300.0, description="K")
     timestep: Positive = Field(default=0.001, description="ps; bonds are flexible")
-    friction: Positive = Field(default=1.0, description="1/ps")
-    platform: str | None = Field(default=None, description="OpenMM platform; by size if absent")
     backend: Literal["auto", "torchforce", "python"] = Field(
         default="auto", description="of the learned force"
     )
@@ -229,16 +232,6 @@ class ProjectSettings(Settings):
     fit: FitSettings = FitSettings()
     simulate: SimulateSettings = SimulateSettings()
     windows: ProjectWindowsSettings = ProjectWindowsSettings()
-
-    @model_validator(mode="after")
-    def _fits(self) -> "ProjectSettings":
-        if self.system.alanine is None and self.topology is None:
-            raise ValueError("expected topology (a PDB file) beside the System; only alanine brings its own")
-        if self.system.alanine is not None and self.topology is not None:
-            raise ValueError("topology: alanine brings its own; remove this key")
-        if self.system.alanine is None and self.restrain_phi:
-            raise ValueError("restrain_phi belongs to alanine")
-        return self
 
 
 def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
