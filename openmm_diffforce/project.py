@@ -75,21 +75,31 @@ def fit_quality(
     temperature : float
         [K].
     """
-    kt = thermal_energy(temperature)
-    action, gradient, _ = model_fields(model, x_test[0])
-    u = potential_energies(system_0, x_test[0]) / kt
+    kt, n = thermal_energy(temperature), len(x_test[0])
+    x = np.concatenate(x_test)
+    action, gradient, _ = model_fields(model, x)
+    u = potential_energies(system_0, x[:n]) / kt
     found = {
         "sigma_nm": 0.0,
-        "force_r2": r_squared(-kt * gradient, forces(system_0, x_test[0])),
-        "action_r2": r_squared(action - action.mean(), u - u.mean()),
+        "force_r2": r_squared(-kt * gradient[:n], forces(system_0, x[:n])),
+        "action_r2": r_squared(action[:n] - action[:n].mean(), u - u.mean()),
     }
     if pair is not None:
-        both = np.concatenate(x_test)
-        _, gradient_1, operator = model_fields(model, both, lam=1.0)
-        _, gradient_0, _ = model_fields(model, both)
-        found["operator_r2"] = r_squared(operator, pair.operator_values(both))
-        found["operator_gradient_r2"] = r_squared(gradient_1 - gradient_0, pair.operator_gradients(both))
+        _, gradient_1, operator = model_fields(model, x, lam=1.0)
+        found["operator_r2"] = r_squared(operator, pair.operator_values(x))
+        found["operator_gradient_r2"] = r_squared(gradient_1 - gradient, pair.operator_gradients(x))
     return found
+
+
+def fit_seconds(training: dict[str, Any]) -> float:
+    """CPU seconds of the fits in a training record, of base action and (if there is one) operator.
+
+    Examples
+    --------
+    >>> fit_seconds({"base": {"cpu_seconds": 20.0}, "operator": {"cpu_seconds": 1.5}})
+    21.5
+    """
+    return float(sum(training[part]["cpu_seconds"] for part in ("base", "operator") if part in training))
 
 
 def _parts(project: ProjectSettings) -> SystemParts:
@@ -188,21 +198,19 @@ def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
         model = PhysicalModel(base.tables, None, schedule)
         training: dict[str, Any] = {"model": "PhysicalModel", "seed": project.seed,
                                     "n_frames": [len(train[0])], "base": base.record}  # fmt: skip
-        seconds = base.record["cpu_seconds"]
     else:
         sites = parts.pair.perturbed_atoms if project.fit.sites is None else project.fit.sites
         model, training = fit_physical_model(
             train[0], parts.pair.operator_values(train[0]), train[1], parts.pair.operator_values(train[1]),
             graph, sites, schedule, seed=project.seed, n_draws=project.fit.n_draws,
         )  # fmt: skip
-        seconds = training["base"]["cpu_seconds"] + training["operator"]["cpu_seconds"]
     path = project.out_dir / MODEL_FILE
     export_artefact(model, path, graph=graph, schedule=schedule, temperature=project.temperature,
                     training=training, frames=train[0])  # fmt: skip
     quality = {
         **fit_quality(load_artefact(path).model, parts.system, parts.pair, tuple(test),
                       temperature=project.temperature),
-        "cpu_seconds": seconds,
+        "cpu_seconds": fit_seconds(training),
     }  # fmt: skip
     write_json(project.out_dir / QUALITY_FILE, quality)
     return path, quality
