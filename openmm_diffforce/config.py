@@ -264,27 +264,42 @@ def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
     7
     """
     path = Path(path)
-    content = _yaml(path)
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}.")
-    return _absolute(check_settings(kind, content, str(path)), path.resolve().parent)
+    return _settings(kind, _keys_and_values(path), path)
 
 
-def _yaml(path: Path) -> Any:
+def load_run(path: str | os.PathLike[str]) -> ProjectSettings | WindowsSettings:
+    """Read a YAML file of lambda windows, be it a project or one run.
+
+    A project has a section ``sample``, ``fit``, ``simulate`` or ``windows``.
+
+    Raises
+    ------
+    InputError
+        As :func:`load_settings`.
+    """
+    path = Path(path)
+    content = _keys_and_values(path)
+    if {"sample", "fit", "simulate", "windows"} & set(content):
+        return _settings(ProjectSettings, content, path)
+    return _settings(WindowsSettings, content, path)
+
+
+def _keys_and_values(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise InputError(f"{path}: expected a readable YAML file, found {err.strerror}.") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: expected YAML, found {' '.join(str(err).split())}.") from err
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}.")
+    return content
 
 
-def is_project(path: str | os.PathLike[str]) -> bool:
-    """Whether a YAML file is a project (it has a section ``windows`` or ``sample``)."""
-    content = _yaml(Path(path))
-    return isinstance(content, dict) and bool({"windows", "sample", "fit", "simulate"} & set(content))
+def _settings(kind: type[_Model], content: dict[str, Any], path: Path) -> _Model:
+    return _absolute(check_settings(kind, content, str(path)), path.resolve().parent)
 
 
 def check_settings(kind: type[_Model], content: Mapping[str, Any], where: str) -> _Model:
