@@ -471,13 +471,7 @@ class _Walk:
                 self.rows.append(self._checked(self.iterate))
                 self.n_done += 1
                 self.n_steps += self.settings["steps_per_iteration"] * self.n_walkers
-                end = self.n_done == n_iterations
-                # Asked once: a Ctrl-C between saving and stopping would lose what came since.
-                stopping = stop.requested
-                self.save(end or stopping)
-                count(self.n_walkers)
-                if stopping and not end:
-                    stop.check(self.folder)
+                self._save_or_stop(stop, count, end=self.n_done == n_iterations)
         except ConvergenceError as err:
             err.add_note(f"What was computed before is kept in {self.folder}.")
             raise
@@ -543,11 +537,16 @@ class _Walk:
                 old.unlink()
         self.last_saved = time.monotonic()
 
-    def _save_or_stop(self, stop: Stop) -> None:
+    def _save_or_stop(
+        self, stop: Stop, count: Callable[[int], None] | None = None, *, end: bool = False
+    ) -> None:
+        """After an iteration (then with ``count``) or a step of the preparation."""
         # Asked once: a Ctrl-C between saving and stopping would lose what came since.
         stopping = stop.requested
-        self.save(stopping)
-        if stopping:
+        self.save(end or stopping)
+        if count is not None:
+            count(self.n_walkers)
+        if stopping and not end:
             stop.check(self.folder)
 
     def _load(self) -> None:
