@@ -74,7 +74,7 @@ def slope_of(model: PhysicalModel, r: np.ndarray, sigma: float = 0.0) -> np.ndar
     """dS/dr of a diatomic model at bond lengths r."""
     x = np.zeros((len(r), 2, 3))
     x[:, 1, 0] = r
-    t = np.full(len(r), np.sqrt(sigma / model.sigma_max))
+    t = np.full(len(r), np.sqrt(sigma / model.amplitudes.sigma_max))
     _, gradient, _ = model.fields(torch.as_tensor(x), torch.as_tensor(t), torch.zeros(len(r), dtype=F64))
     return gradient[:, 1, 0].numpy()
 
