@@ -535,6 +535,7 @@ class _Expanded(_Walk):
             while self.n_adapted < s["n_adapt"]:
                 self._checked(lambda: self._step(self.sampler))
                 self.n_adapted += 1
+                self.n_steps += s["steps_per_iteration"]
                 self._save_or_stop(stop)
         if self.n_done == 0 and (self.weights is None or self.sampler is None):
             state = 0 if self.sampler is None else self.sampler.currentStateIndex
