@@ -540,15 +540,14 @@ def windows(
 ) -> None:
     """Run lambda windows; call it again to go on after a Ctrl-C or a crash."""
     from .config import ProjectSettings, load_run, window_arguments
-    from .project import windows_project
-    from .windows import run_windows
+    from .project import run_sampler, windows_project
 
     bar = progress and not (quiet or as_json)
     settings = load_run(config)
     if isinstance(settings, ProjectSettings):
         run = windows_project(settings, progress=bar)
     else:
-        run = run_windows(**window_arguments(settings), progress=bar)
+        run = run_sampler(settings, **window_arguments(settings), progress=bar)
     _say_run(run, f"diffforce estimate {run.out_dir}", quiet, as_json)
 
 

@@ -141,18 +141,35 @@ class MoleculeSettings(Settings):
         return self
 
 
-class WindowsSettings(MoleculeSettings):
+class SamplerSettings(Settings):
+    """Lambda windows, and the sampler that visits them."""
+
+    states: StatesSettings | list[dict[str, float]] = StatesSettings()
+    n_frames: Count = Field(default=600, description="frames per window; expanded: on average")
+    interval: Count = Field(default=500, description="steps between frames, and between changes of state")
+    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
+    sampler: Literal["independent", "exchange", "expanded"] = Field(
+        default="independent",
+        description="independent windows; exchange: of replicas; expanded: one walker through all windows",
+    )
+    n_adapt: Count = Field(default=1000, description="intervals that adapt the weights (expanded only)")
+    n_workers: Count = Field(default=1, description="processes that share the windows (independent only)")
+
+    @model_validator(mode="after")
+    def _one_process(self) -> Self:
+        if self.sampler != "independent" and self.n_workers > 1:
+            raise ValueError(f"n_workers: sampler {self.sampler} runs in one process; set it to 1")
+        return self
+
+
+class WindowsSettings(SamplerSettings, MoleculeSettings):
     """One run of lambda windows; :func:`window_arguments` turns it into arguments."""
 
     force: ForceSettings | None = None
-    states: StatesSettings | list[dict[str, float]] = StatesSettings()
-    n_frames: Count = Field(description="frames per window")
-    interval: Count = Field(default=500, description="steps between frames")
-    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
+    n_frames: Count = Field(description="frames per window; expanded: on average")
     seed: Seed = 0
     minimize: bool = True
     trajectory: Literal["dcd", "xtc"] | None = "dcd"
-    n_workers: Count = Field(default=1, description="processes that share the windows")
     out_dir: Path
 
     @model_validator(mode="after")
@@ -199,25 +216,6 @@ class SimulateSettings(Settings):
     n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
 
 
-class ProjectWindowsSettings(Settings):
-    """Lambda windows under the learned operator."""
-
-    states: StatesSettings | list[dict[str, float]] = StatesSettings()
-    n_frames: Count = Field(default=600, description="frames per window")
-    interval: Count = Field(default=500, description="steps between frames")
-    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
-    exchange: bool = Field(
-        default=False, description="replica exchange between the windows, after every interval of steps"
-    )
-    n_workers: Count = Field(default=1, description="processes that share the windows (not with exchange)")
-
-    @model_validator(mode="after")
-    def _one_process(self) -> "ProjectWindowsSettings":
-        if self.exchange and self.n_workers > 1:
-            raise ValueError("n_workers: replica exchange runs in one process; set it to 1")
-        return self
-
-
 class ProjectSettings(MoleculeSettings):
     """One molecule from end states to Delta f: what sample, fit, simulate and windows share."""
 
@@ -231,7 +229,7 @@ class ProjectSettings(MoleculeSettings):
     sample: SampleSettings = SampleSettings()
     fit: FitSettings = FitSettings()
     simulate: SimulateSettings = SimulateSettings()
-    windows: ProjectWindowsSettings = ProjectWindowsSettings()
+    windows: SamplerSettings = SamplerSettings()
 
 
 def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
@@ -520,7 +518,7 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
 
 
 def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
-    """Build System, topology, states and the rest: keyword arguments of ``run_windows``.
+    """Build System, topology, states and the rest: what all samplers take alike.
 
     Parameters
     ----------
@@ -529,7 +527,7 @@ def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``run_windows(**window_arguments(settings))`` does the run.
+        ``run_sampler(settings, **window_arguments(settings))`` does the run.
 
     Raises
     ------
@@ -570,8 +568,8 @@ def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
         "learned": learned,
         **settings.model_dump(
             include={
-                "temperature", "n_frames", "interval", "n_equil", "timestep", "friction",
-                "platform", "seed", "minimize", "trajectory", "n_workers", "out_dir",
+                "temperature", "n_equil", "timestep", "friction", "platform", "seed", "minimize",
+                "trajectory", "out_dir",
             }
         ),
     }  # fmt: skip

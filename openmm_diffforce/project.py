@@ -14,10 +14,10 @@ import torch
 from .alchemy import EndStatePair, lambda_states
 from .analysis import load_trajectory
 from .artefact import export_artefact, load_artefact
-from .config import ProjectSettings, StatesSettings, SystemParts, read_system
+from .config import ProjectSettings, SamplerSettings, StatesSettings, SystemParts, read_system
 from .constants import LAMBDA
 from .errors import InputError
-from .exchange import run_replica_exchange
+from .exchange import run_expanded_ensemble, run_replica_exchange
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import PhysicalModel
@@ -116,16 +116,50 @@ def _with_idle_lambda(system: openmm.System) -> openmm.System:
     return out
 
 
-def _run(project: ProjectSettings, folder: str, system: openmm.System, parts: SystemParts,
-         states: list[dict[str, float]], stage: Any, progress: Any, n_frames: int,
-         learned: DiffusionForce | None = None, n_workers: int = 1) -> WindowRun:  # fmt: skip
-    return run_windows(
-        system, parts.topology, parts.positions, states, temperature=project.temperature,
-        out_dir=project.out_dir / folder, n_frames=n_frames, interval=stage.interval,
-        n_equil=stage.n_equil, timestep=project.timestep, friction=project.friction,
-        platform=project.platform, seed=project.seed, trajectory=project.trajectory,
-        learned=learned, progress=progress, n_workers=n_workers,
+def run_sampler(settings: SamplerSettings, **arguments: Any) -> WindowRun:
+    """Sample lambda states with the sampler that the settings name.
+
+    Parameters
+    ----------
+    settings : SamplerSettings
+        Sampler, frames and interval; its ``states`` and ``n_equil`` are taken from the arguments.
+    **arguments
+        What ``run_windows``, ``run_replica_exchange`` and ``run_expanded_ensemble`` take alike,
+        ``states`` among them by name.
+
+    Returns
+    -------
+    WindowRun
+        An ``ExchangeRun`` unless windows are independent. An expanded ensemble has ``n_frames``
+        frames times the number of states in all.
+
+    Raises
+    ------
+    DiffForceError
+        From the sampler.
+    """
+    n_frames, interval = settings.n_frames, settings.interval
+    if settings.sampler == "independent":
+        return run_windows(n_frames=n_frames, interval=interval, n_workers=settings.n_workers, **arguments)
+    if settings.sampler == "exchange":
+        return run_replica_exchange(n_iterations=n_frames, steps_per_iteration=interval, **arguments)
+    return run_expanded_ensemble(
+        n_iterations=n_frames * len(arguments["states"]), steps_per_iteration=interval,
+        n_adapt=settings.n_adapt, **arguments,
     )  # fmt: skip
+
+
+def _arguments(project: ProjectSettings, folder: str, system: openmm.System, parts: SystemParts,
+               states: list[dict[str, float]], stage: Any, progress: Any,
+               learned: DiffusionForce | None = None) -> dict[str, Any]:  # fmt: skip
+    """What all samplers take alike."""
+    return {
+        "system": system, "topology": parts.topology, "positions": parts.positions, "states": states,
+        "temperature": project.temperature, "out_dir": project.out_dir / folder,
+        "n_equil": stage.n_equil, "timestep": project.timestep, "friction": project.friction,
+        "platform": project.platform, "seed": project.seed, "trajectory": project.trajectory,
+        "learned": learned, "progress": progress,
+    }  # fmt: skip
 
 
 def sample_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
@@ -148,7 +182,10 @@ def sample_project(project: ProjectSettings, *, progress: Any = True) -> WindowR
     else:
         system, states = parts.pair.linear_system(), lambda_states(2)
     n_frames = project.sample.n_frames + project.sample.n_test
-    return _run(project, ENDS_DIR, system, parts, states, project.sample, progress, n_frames)
+    return run_windows(
+        **_arguments(project, ENDS_DIR, system, parts, states, project.sample, progress),
+        n_frames=n_frames, interval=project.sample.interval,
+    )  # fmt: skip
 
 
 def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
@@ -245,19 +282,21 @@ def simulate_project(project: ProjectSettings, *, progress: Any = True) -> Windo
     parts = _parts(project)
     system, force = _learned(project, parts, project.simulate.mode)
     states = [{force.parameter(LAMBDA): project.simulate.lam}]
-    return _run(project, SIMULATION_DIR, system, parts, states, project.simulate, progress,
-                project.simulate.n_frames, force)  # fmt: skip
+    return run_windows(
+        **_arguments(project, SIMULATION_DIR, system, parts, states, project.simulate, progress, force),
+        n_frames=project.simulate.n_frames, interval=project.simulate.interval,
+    )  # fmt: skip
 
 
 def windows_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
-    """Lambda windows (or replica exchange) under the learned operator, in ``<out_dir>/windows``.
+    """Lambda windows under the learned operator, by the sampler of the settings: ``<out_dir>/windows``.
 
     Raises
     ------
     InputError
         If there is no model yet, or only one end state.
     DiffForceError
-        From the force or ``run_windows``.
+        From the force or the sampler.
     """
     parts = _parts(project)
     if parts.pair is None:
@@ -266,13 +305,7 @@ def windows_project(project: ProjectSettings, *, progress: Any = True) -> Window
     states = project.windows.states
     if isinstance(states, StatesSettings):
         states = lambda_states(states.n, states.power, parameter=force.parameter(LAMBDA))
-    if project.windows.exchange:
-        return run_replica_exchange(
-            system, parts.topology, parts.positions, states, temperature=project.temperature,
-            out_dir=project.out_dir / WINDOWS_DIR, n_iterations=project.windows.n_frames,
-            steps_per_iteration=project.windows.interval, n_equil=project.windows.n_equil,
-            timestep=project.timestep, friction=project.friction, platform=project.platform,
-            seed=project.seed, trajectory=project.trajectory, learned=force, progress=progress,
-        )  # fmt: skip
-    return _run(project, WINDOWS_DIR, system, parts, states, project.windows, progress,
-                project.windows.n_frames, force, project.windows.n_workers)  # fmt: skip
+    return run_sampler(
+        project.windows,
+        **_arguments(project, WINDOWS_DIR, system, parts, states, project.windows, progress, force),
+    )
