@@ -149,6 +149,7 @@ class _TorchForceModule(torch.nn.Module):
         self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
         interpolate: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Energy with the derivatives that TorchForce asks for, and forces on all positions."""
         lam_value = float(lam)
         factor = float(scale)
         if interpolate is not None:

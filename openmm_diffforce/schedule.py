@@ -45,6 +45,7 @@ class _Schedule:
     kind: int
 
     def script_args(self) -> tuple[int, float, float, float, float]:
+        """The arguments of :func:`alpha_sigma` before ``t``."""
         raise NotImplementedError
 
     def _check_t(self, t: Any) -> Tensor:
