@@ -18,11 +18,13 @@ import torch
 
 from openmm_diffforce.alanine import TEMPERATURE, alanine_case
 from openmm_diffforce.artefact import export_artefact, load_artefact
-from openmm_diffforce.demo import KT, fit_quality, model_fields, r_squared
+from openmm_diffforce.demo import KT
 from openmm_diffforce.force import DiffusionForce
 from openmm_diffforce.models import operator_gradient
+from openmm_diffforce.models.action import model_fields
 from openmm_diffforce.network_training import RESIDUAL, fit_network
 from openmm_diffforce.posterior import posterior_moments
+from openmm_diffforce.project import fit_quality, r_squared
 from openmm_diffforce.record import versions, write_json
 from openmm_diffforce.schedule import VESchedule
 from openmm_diffforce.systems import (
@@ -93,7 +95,10 @@ def force_error(case, model, x: np.ndarray) -> float:
 
 def quality(case, out: Path, model) -> dict:
     test = tuple(v[N_FRAMES:] for v in frames(out))
-    return {**fit_quality(case, model, test), "force_r2_se": force_error(case, model, test[0])}
+    return {
+        **fit_quality(model, case.system_0, case.pair, test),
+        "force_r2_se": force_error(case, model, test[0]),
+    }
 
 
 def alone(out: Path) -> dict:

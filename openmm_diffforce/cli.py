@@ -539,15 +539,15 @@ def windows(
     as_json: AsJson = False,
 ) -> None:
     """Run lambda windows; call it again to go on after a Ctrl-C or a crash."""
-    from .config import ProjectSettings, WindowsSettings, is_project, load_settings, window_arguments
-    from .project import windows_project
-    from .windows import run_windows
+    from .config import ProjectSettings, load_run, window_arguments
+    from .project import run_sampler, windows_project
 
     bar = progress and not (quiet or as_json)
-    if is_project(config):
-        run = windows_project(load_settings(config, ProjectSettings), progress=bar)
+    settings = load_run(config)
+    if isinstance(settings, ProjectSettings):
+        run = windows_project(settings, progress=bar)
     else:
-        run = run_windows(**window_arguments(load_settings(config, WindowsSettings)), progress=bar)
+        run = run_sampler(settings, **window_arguments(settings), progress=bar)
     _say_run(run, f"diffforce estimate {run.out_dir}", quiet, as_json)
 
 

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
@@ -119,35 +119,61 @@ class StatesSettings(Settings):
     power: Positive = 1.0
 
 
-class WindowsSettings(Settings):
-    """One run of lambda windows; :func:`window_arguments` turns it into arguments."""
+class MoleculeSettings(Settings):
+    """The molecule and its dynamics: what :class:`WindowsSettings` and :class:`ProjectSettings` share."""
 
     system: SystemSettings
     topology: Path | None = Field(default=None, description="PDB file: topology and start; not with alanine")
     restrain_phi: bool = Field(False, description="alanine only: keep phi out of C7ax")
-    force: ForceSettings | None = None
-    states: StatesSettings | list[dict[str, float]] = StatesSettings()
     temperature: Positive = Field(default=300.0, description="K")
-    n_frames: Count = Field(description="frames per window")
-    interval: Count = Field(default=500, description="steps between frames")
-    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
     timestep: Positive = Field(default=0.001, description="ps")
     friction: Positive = Field(default=1.0, description="1/ps")
     platform: str | None = Field(default=None, description="OpenMM platform; by size if absent")
-    seed: Seed = 0
-    minimize: bool = True
-    trajectory: Literal["dcd", "xtc"] | None = "dcd"
-    n_workers: Count = Field(default=1, description="processes that share the windows")
-    out_dir: Path
 
     @model_validator(mode="after")
-    def _fits(self) -> "WindowsSettings":
+    def _fits(self) -> Self:
         if self.system.alanine is None and self.topology is None:
             raise ValueError("expected topology (a PDB file) beside the System; only alanine brings its own")
         if self.system.alanine is not None and self.topology is not None:
             raise ValueError("topology: alanine brings its own; remove this key")
         if self.system.alanine is None and self.restrain_phi:
             raise ValueError("restrain_phi belongs to alanine")
+        return self
+
+
+class SamplerSettings(Settings):
+    """Lambda windows, and the sampler that visits them."""
+
+    states: StatesSettings | list[dict[str, float]] = StatesSettings()
+    n_frames: Count = Field(default=600, description="frames per window; expanded: on average")
+    interval: Count = Field(default=500, description="steps between frames, and between changes of state")
+    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
+    sampler: Literal["independent", "exchange", "expanded"] = Field(
+        default="independent",
+        description="independent windows; exchange: of replicas; expanded: one walker through all windows",
+    )
+    n_adapt: Count = Field(default=1000, description="intervals that adapt the weights (expanded only)")
+    n_workers: Count = Field(default=1, description="processes that share the windows (independent only)")
+
+    @model_validator(mode="after")
+    def _one_process(self) -> Self:
+        if self.sampler != "independent" and self.n_workers > 1:
+            raise ValueError(f"n_workers: sampler {self.sampler} runs in one process; set it to 1")
+        return self
+
+
+class WindowsSettings(SamplerSettings, MoleculeSettings):
+    """One run of lambda windows; :func:`window_arguments` turns it into arguments."""
+
+    force: ForceSettings | None = None
+    n_frames: Count = Field(description="frames per window; expanded: on average")
+    seed: Seed = 0
+    minimize: bool = True
+    trajectory: Literal["dcd", "xtc"] | None = "dcd"
+    out_dir: Path
+
+    @model_validator(mode="after")
+    def _states_are_named(self) -> Self:
         if self.system.xml is not None and isinstance(self.states, StatesSettings) and not self.force:
             raise ValueError(
                 "states: a System from xml has parameters of its own; list the states as "
@@ -190,35 +216,10 @@ class SimulateSettings(Settings):
     n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
 
 
-class ProjectWindowsSettings(Settings):
-    """Lambda windows under the learned operator."""
-
-    states: StatesSettings | list[dict[str, float]] = StatesSettings()
-    n_frames: Count = Field(default=600, description="frames per window")
-    interval: Count = Field(default=500, description="steps between frames")
-    n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")
-    exchange: bool = Field(
-        default=False, description="replica exchange between the windows, after every interval of steps"
-    )
-    n_workers: Count = Field(default=1, description="processes that share the windows (not with exchange)")
-
-    @model_validator(mode="after")
-    def _one_process(self) -> "ProjectWindowsSettings":
-        if self.exchange and self.n_workers > 1:
-            raise ValueError("n_workers: replica exchange runs in one process; set it to 1")
-        return self
-
-
-class ProjectSettings(Settings):
+class ProjectSettings(MoleculeSettings):
     """One molecule from end states to Delta f: what sample, fit, simulate and windows share."""
 
-    system: SystemSettings
-    topology: Path | None = Field(default=None, description="PDB file: topology and start; not with alanine")
-    restrain_phi: bool = Field(False, description="alanine only: keep phi out of C7ax")
-    temperature: Positive = Field(default=300.0, description="K")
     timestep: Positive = Field(default=0.001, description="ps; bonds are flexible")
-    friction: Positive = Field(default=1.0, description="1/ps")
-    platform: str | None = Field(default=None, description="OpenMM platform; by size if absent")
     backend: Literal["auto", "torchforce", "python"] = Field(
         default="auto", description="of the learned force"
     )
@@ -228,17 +229,7 @@ class ProjectSettings(Settings):
     sample: SampleSettings = SampleSettings()
     fit: FitSettings = FitSettings()
     simulate: SimulateSettings = SimulateSettings()
-    windows: ProjectWindowsSettings = ProjectWindowsSettings()
-
-    @model_validator(mode="after")
-    def _fits(self) -> "ProjectSettings":
-        if self.system.alanine is None and self.topology is None:
-            raise ValueError("expected topology (a PDB file) beside the System; only alanine brings its own")
-        if self.system.alanine is not None and self.topology is not None:
-            raise ValueError("topology: alanine brings its own; remove this key")
-        if self.system.alanine is None and self.restrain_phi:
-            raise ValueError("restrain_phi belongs to alanine")
-        return self
+    windows: SamplerSettings = SamplerSettings()
 
 
 def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
@@ -271,27 +262,42 @@ def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
     7
     """
     path = Path(path)
-    content = _yaml(path)
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}.")
-    return _absolute(check_settings(kind, content, str(path)), path.resolve().parent)
+    return _settings(kind, _keys_and_values(path), path)
 
 
-def _yaml(path: Path) -> Any:
+def load_run(path: str | os.PathLike[str]) -> ProjectSettings | WindowsSettings:
+    """Read a YAML file of lambda windows, be it a project or one run.
+
+    A project has a section ``sample``, ``fit``, ``simulate`` or ``windows``.
+
+    Raises
+    ------
+    InputError
+        As :func:`load_settings`.
+    """
+    path = Path(path)
+    content = _keys_and_values(path)
+    if {"sample", "fit", "simulate", "windows"} & set(content):
+        return _settings(ProjectSettings, content, path)
+    return _settings(WindowsSettings, content, path)
+
+
+def _keys_and_values(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise InputError(f"{path}: expected a readable YAML file, found {err.strerror}.") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: expected YAML, found {' '.join(str(err).split())}.") from err
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}.")
+    return content
 
 
-def is_project(path: str | os.PathLike[str]) -> bool:
-    """Whether a YAML file is a project (it has a section ``windows`` or ``sample``)."""
-    content = _yaml(Path(path))
-    return isinstance(content, dict) and bool({"windows", "sample", "fit", "simulate"} & set(content))
+def _settings(kind: type[_Model], content: dict[str, Any], path: Path) -> _Model:
+    return _absolute(check_settings(kind, content, str(path)), path.resolve().parent)
 
 
 def check_settings(kind: type[_Model], content: Mapping[str, Any], where: str) -> _Model:
@@ -512,7 +518,7 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
 
 
 def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
-    """Build System, topology, states and the rest: keyword arguments of ``run_windows``.
+    """Build System, topology, states and the rest: what all samplers take alike.
 
     Parameters
     ----------
@@ -521,7 +527,7 @@ def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``run_windows(**window_arguments(settings))`` does the run.
+        ``run_sampler(settings, **window_arguments(settings))`` does the run.
 
     Raises
     ------
@@ -562,8 +568,8 @@ def window_arguments(settings: WindowsSettings) -> dict[str, Any]:
         "learned": learned,
         **settings.model_dump(
             include={
-                "temperature", "n_frames", "interval", "n_equil", "timestep", "friction",
-                "platform", "seed", "minimize", "trajectory", "n_workers", "out_dir",
+                "temperature", "n_equil", "timestep", "friction", "platform", "seed", "minimize",
+                "trajectory", "out_dir",
             }
         ),
     }  # fmt: skip

@@ -28,7 +28,7 @@ from .estimate import end_correction, estimate_free_energy, reweight, standard_s
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import base_tables, outside_fraction
-from .project import fit_quality
+from .project import fit_quality, fit_seconds
 from .record import atomic_path, make_record, settings_hash, write_json
 from .report import save_figures, write_report
 from .schedule import VESchedule
@@ -334,8 +334,8 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
             "description": "phi restrained to within 120 degrees of -120 (flat bottom) in every run",
         },
         "sampling": {"ends": ends},
-        "fit": {"n_train": 2 * n_train, "n_test": len(test[0]), "cpu_seconds": _cpu(artefact),
-                "levels": [quality]},
+        "fit": {"n_train": 2 * n_train, "n_test": len(test[0]), "levels": [quality],
+                "cpu_seconds": fit_seconds(artefact.metadata["training"])},
         "artefact": {"file": ARTEFACT_FILE, "sha256": artefact.sha256, "bytes": artefact_path.stat().st_size,
                      "modes": artefact.metadata["modes"], "dtype": artefact.metadata["dtype"]},
         "windows": {
@@ -379,12 +379,6 @@ def _fit_or_load(case: AlanineCase, train: list[FloatArray], settings: DemoSetti
     export_artefact(model, path, graph=graph, schedule=schedule, temperature=TEMPERATURE,
                     training={**training, "inputs_sha256": inputs}, frames=train[0])  # fmt: skip
     return load_artefact(path)
-
-
-def _cpu(artefact: Artefact) -> float:
-    """CPU seconds of the fit."""
-    training = artefact.metadata["training"]
-    return float(training["base"]["cpu_seconds"] + training["operator"]["cpu_seconds"])
 
 
 def _window_frames(run: Any) -> FloatArray:

@@ -38,7 +38,7 @@ from .errors import (
     NotConservativeError,
 )
 from .models.graph import MolecularGraph
-from .schedule import alpha_sigma
+from .schedule import Amplitudes
 from .systems import (
     LEARNED_FORCES,
     SubsetTerms,
@@ -73,12 +73,7 @@ class _Evaluator(torch.nn.Module):
         super().__init__()
         self.model = artefact.model
         self.kt = thermal_energy(artefact.temperature)
-        kind, sigma_max, beta_min, beta_max, length = artefact.schedule.script_args()
-        self.schedule_kind = kind
-        self.sigma_max = float(sigma_max)
-        self.beta_min = float(beta_min)
-        self.beta_max = float(beta_max)
-        self.length = float(length)
+        self.amplitudes = Amplitudes(artefact.schedule)
         self.use_double = artefact.metadata["dtype"] == "float64"
         self.operator = mode == "operator"
         self.register_buffer("atoms", torch.as_tensor(atoms, dtype=torch.int64))
@@ -108,12 +103,8 @@ class _Evaluator(torch.nn.Module):
         slope = -factor
         t = torch.full([1], noise, dtype=x.dtype)
         y = x.unsqueeze(0)
-        if self.schedule_kind != 0:
-            alpha = float(
-                alpha_sigma(self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t)[
-                    0
-                ]
-            )
+        if self.amplitudes.kind != 0:
+            alpha = float(self.amplitudes(t)[0])
             y = alpha * y
             slope = slope * alpha
         lam_tensor = torch.full([1], lam, dtype=x.dtype)
@@ -158,6 +149,7 @@ class _TorchForceModule(torch.nn.Module):
         self, positions: Tensor, x: Tensor, lam: Tensor, noise: Tensor, scale: Tensor,
         interpolate: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Energy with the derivatives that TorchForce asks for, and forces on all positions."""
         lam_value = float(lam)
         factor = float(scale)
         if interpolate is not None:

@@ -498,6 +498,7 @@ def fit_network(
         fit.done = fit.step >= settings.n_steps or checks >= settings.patience
 
     def one_step() -> None:
+        """One batch: gradient step, and the running mean of the weights."""
         s = settings
         rows = torch.randint(len(train.x), (s.batch,), generator=generator)
         if train.epsilon is not None and train.tau is not None:

@@ -14,10 +14,10 @@ import torch
 from .alchemy import EndStatePair, lambda_states
 from .analysis import load_trajectory
 from .artefact import export_artefact, load_artefact
-from .config import ProjectSettings, StatesSettings, SystemParts, read_system
+from .config import ProjectSettings, SamplerSettings, StatesSettings, SystemParts, read_system
 from .constants import LAMBDA
 from .errors import InputError
-from .exchange import run_replica_exchange
+from .exchange import run_expanded_ensemble, run_replica_exchange
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import PhysicalModel
@@ -75,21 +75,31 @@ def fit_quality(
     temperature : float
         [K].
     """
-    kt = thermal_energy(temperature)
-    action, gradient, _ = model_fields(model, x_test[0])
-    u = potential_energies(system_0, x_test[0]) / kt
+    kt, n = thermal_energy(temperature), len(x_test[0])
+    x = np.concatenate(x_test)
+    action, gradient, _ = model_fields(model, x)
+    u = potential_energies(system_0, x[:n]) / kt
     found = {
         "sigma_nm": 0.0,
-        "force_r2": r_squared(-kt * gradient, forces(system_0, x_test[0])),
-        "action_r2": r_squared(action - action.mean(), u - u.mean()),
+        "force_r2": r_squared(-kt * gradient[:n], forces(system_0, x[:n])),
+        "action_r2": r_squared(action[:n] - action[:n].mean(), u - u.mean()),
     }
     if pair is not None:
-        both = np.concatenate(x_test)
-        _, gradient_1, operator = model_fields(model, both, lam=1.0)
-        _, gradient_0, _ = model_fields(model, both)
-        found["operator_r2"] = r_squared(operator, pair.operator_values(both))
-        found["operator_gradient_r2"] = r_squared(gradient_1 - gradient_0, pair.operator_gradients(both))
+        _, gradient_1, operator = model_fields(model, x, lam=1.0)
+        found["operator_r2"] = r_squared(operator, pair.operator_values(x))
+        found["operator_gradient_r2"] = r_squared(gradient_1 - gradient, pair.operator_gradients(x))
     return found
+
+
+def fit_seconds(training: dict[str, Any]) -> float:
+    """CPU seconds of the fits in a training record, of base action and (if there is one) operator.
+
+    Examples
+    --------
+    >>> fit_seconds({"base": {"cpu_seconds": 20.0}, "operator": {"cpu_seconds": 1.5}})
+    21.5
+    """
+    return float(sum(training[part]["cpu_seconds"] for part in ("base", "operator") if part in training))
 
 
 def _parts(project: ProjectSettings) -> SystemParts:
@@ -106,16 +116,50 @@ def _with_idle_lambda(system: openmm.System) -> openmm.System:
     return out
 
 
-def _run(project: ProjectSettings, folder: str, system: openmm.System, parts: SystemParts,
-         states: list[dict[str, float]], stage: Any, progress: Any, n_frames: int,
-         learned: DiffusionForce | None = None, n_workers: int = 1) -> WindowRun:  # fmt: skip
-    return run_windows(
-        system, parts.topology, parts.positions, states, temperature=project.temperature,
-        out_dir=project.out_dir / folder, n_frames=n_frames, interval=stage.interval,
-        n_equil=stage.n_equil, timestep=project.timestep, friction=project.friction,
-        platform=project.platform, seed=project.seed, trajectory=project.trajectory,
-        learned=learned, progress=progress, n_workers=n_workers,
+def run_sampler(settings: SamplerSettings, **arguments: Any) -> WindowRun:
+    """Sample lambda states with the sampler that the settings name.
+
+    Parameters
+    ----------
+    settings : SamplerSettings
+        Sampler, frames and interval; its ``states`` and ``n_equil`` are taken from the arguments.
+    **arguments
+        What ``run_windows``, ``run_replica_exchange`` and ``run_expanded_ensemble`` take alike,
+        ``states`` among them by name.
+
+    Returns
+    -------
+    WindowRun
+        An ``ExchangeRun`` unless windows are independent. An expanded ensemble has ``n_frames``
+        frames times the number of states in all.
+
+    Raises
+    ------
+    DiffForceError
+        From the sampler.
+    """
+    n_frames, interval = settings.n_frames, settings.interval
+    if settings.sampler == "independent":
+        return run_windows(n_frames=n_frames, interval=interval, n_workers=settings.n_workers, **arguments)
+    if settings.sampler == "exchange":
+        return run_replica_exchange(n_iterations=n_frames, steps_per_iteration=interval, **arguments)
+    return run_expanded_ensemble(
+        n_iterations=n_frames * len(arguments["states"]), steps_per_iteration=interval,
+        n_adapt=settings.n_adapt, **arguments,
     )  # fmt: skip
+
+
+def _arguments(project: ProjectSettings, folder: str, system: openmm.System, parts: SystemParts,
+               states: list[dict[str, float]], stage: Any, progress: Any,
+               learned: DiffusionForce | None = None) -> dict[str, Any]:  # fmt: skip
+    """What all samplers take alike."""
+    return {
+        "system": system, "topology": parts.topology, "positions": parts.positions, "states": states,
+        "temperature": project.temperature, "out_dir": project.out_dir / folder,
+        "n_equil": stage.n_equil, "timestep": project.timestep, "friction": project.friction,
+        "platform": project.platform, "seed": project.seed, "trajectory": project.trajectory,
+        "learned": learned, "progress": progress,
+    }  # fmt: skip
 
 
 def sample_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
@@ -138,7 +182,10 @@ def sample_project(project: ProjectSettings, *, progress: Any = True) -> WindowR
     else:
         system, states = parts.pair.linear_system(), lambda_states(2)
     n_frames = project.sample.n_frames + project.sample.n_test
-    return _run(project, ENDS_DIR, system, parts, states, project.sample, progress, n_frames)
+    return run_windows(
+        **_arguments(project, ENDS_DIR, system, parts, states, project.sample, progress),
+        n_frames=n_frames, interval=project.sample.interval,
+    )  # fmt: skip
 
 
 def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
@@ -188,21 +235,19 @@ def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
         model = PhysicalModel(base.tables, None, schedule)
         training: dict[str, Any] = {"model": "PhysicalModel", "seed": project.seed,
                                     "n_frames": [len(train[0])], "base": base.record}  # fmt: skip
-        seconds = base.record["cpu_seconds"]
     else:
         sites = parts.pair.perturbed_atoms if project.fit.sites is None else project.fit.sites
         model, training = fit_physical_model(
             train[0], parts.pair.operator_values(train[0]), train[1], parts.pair.operator_values(train[1]),
             graph, sites, schedule, seed=project.seed, n_draws=project.fit.n_draws,
         )  # fmt: skip
-        seconds = training["base"]["cpu_seconds"] + training["operator"]["cpu_seconds"]
     path = project.out_dir / MODEL_FILE
     export_artefact(model, path, graph=graph, schedule=schedule, temperature=project.temperature,
                     training=training, frames=train[0])  # fmt: skip
     quality = {
         **fit_quality(load_artefact(path).model, parts.system, parts.pair, tuple(test),
                       temperature=project.temperature),
-        "cpu_seconds": seconds,
+        "cpu_seconds": fit_seconds(training),
     }  # fmt: skip
     write_json(project.out_dir / QUALITY_FILE, quality)
     return path, quality
@@ -237,19 +282,21 @@ def simulate_project(project: ProjectSettings, *, progress: Any = True) -> Windo
     parts = _parts(project)
     system, force = _learned(project, parts, project.simulate.mode)
     states = [{force.parameter(LAMBDA): project.simulate.lam}]
-    return _run(project, SIMULATION_DIR, system, parts, states, project.simulate, progress,
-                project.simulate.n_frames, force)  # fmt: skip
+    return run_windows(
+        **_arguments(project, SIMULATION_DIR, system, parts, states, project.simulate, progress, force),
+        n_frames=project.simulate.n_frames, interval=project.simulate.interval,
+    )  # fmt: skip
 
 
 def windows_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
-    """Lambda windows (or replica exchange) under the learned operator, in ``<out_dir>/windows``.
+    """Lambda windows under the learned operator, by the sampler of the settings: ``<out_dir>/windows``.
 
     Raises
     ------
     InputError
         If there is no model yet, or only one end state.
     DiffForceError
-        From the force or ``run_windows``.
+        From the force or the sampler.
     """
     parts = _parts(project)
     if parts.pair is None:
@@ -258,13 +305,7 @@ def windows_project(project: ProjectSettings, *, progress: Any = True) -> Window
     states = project.windows.states
     if isinstance(states, StatesSettings):
         states = lambda_states(states.n, states.power, parameter=force.parameter(LAMBDA))
-    if project.windows.exchange:
-        return run_replica_exchange(
-            system, parts.topology, parts.positions, states, temperature=project.temperature,
-            out_dir=project.out_dir / WINDOWS_DIR, n_iterations=project.windows.n_frames,
-            steps_per_iteration=project.windows.interval, n_equil=project.windows.n_equil,
-            timestep=project.timestep, friction=project.friction, platform=project.platform,
-            seed=project.seed, trajectory=project.trajectory, learned=force, progress=progress,
-        )  # fmt: skip
-    return _run(project, WINDOWS_DIR, system, parts, states, project.windows, progress,
-                project.windows.n_frames, force, project.windows.n_workers)  # fmt: skip
+    return run_sampler(
+        project.windows,
+        **_arguments(project, WINDOWS_DIR, system, parts, states, project.windows, progress, force),
+    )

@@ -45,6 +45,7 @@ class _Schedule:
     kind: int
 
     def script_args(self) -> tuple[int, float, float, float, float]:
+        """The arguments of :func:`alpha_sigma` before ``t``."""
         raise NotImplementedError
 
     def _check_t(self, t: Any) -> Tensor:
@@ -201,6 +202,34 @@ class VPSchedule(_Schedule):
 
 
 NoiseSchedule = VESchedule | VPSchedule
+
+
+class Amplitudes(torch.nn.Module):
+    """alpha(t) and sigma(t) of a schedule as a part of models, in TorchScript too.
+
+    Parameters
+    ----------
+    schedule : VESchedule or VPSchedule
+
+    Examples
+    --------
+    >>> script = torch.jit.script(Amplitudes(VESchedule(0.05)))
+    >>> [float(v) for v in script(torch.tensor(0.5, dtype=torch.float64))]
+    [1.0, 0.0125]
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        kind, sigma_max, beta_min, beta_max, length = schedule.script_args()
+        self.kind = kind
+        self.sigma_max = float(sigma_max)
+        self.beta_min = float(beta_min)
+        self.beta_max = float(beta_max)
+        self.length = float(length)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha (dimensionless) and sigma [nm], shaped like ``t``; t in [0, 1] is not checked."""
+        return alpha_sigma(self.kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t)
 
 
 def schedule_from_json(text: str) -> NoiseSchedule:

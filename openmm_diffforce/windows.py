@@ -268,6 +268,7 @@ class _Run:
         self.n_steps = 0
 
     def window(self, k: int, stop: Stop, report: Callable[[int], None]) -> None:
+        """All of window k that is not there yet; ``report`` hears of every frame."""
         n_frames = self.settings["n_frames"]
         if _window_path(self.folder, k, "npz").exists():
             shutil.rmtree(_parts_dir(self.folder, k), ignore_errors=True)

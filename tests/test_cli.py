@@ -177,6 +177,25 @@ def test_windows_from_yaml(tmp_path: Path) -> None:
     assert "60 frames, 0 steps" in again.output
 
 
+@pytest.mark.parametrize(
+    ("sampler", "n_steps"), [("exchange", 2 * (100 + 30 * 20)), ("expanded", 100 + (300 + 60) * 20)]
+)
+def test_other_samplers_from_yaml(tmp_path: Path, sampler: str, n_steps: int) -> None:
+    text = WINDOWS + f"sampler: {sampler}\nn_adapt: 300\n"
+    (tmp_path / "w.yaml").write_text(text)
+    result = invoke("windows", tmp_path / "w.yaml", "--no-progress")
+    assert result.exit_code == 0, result.output
+    assert f"2 windows, 60 frames, {n_steps} steps" in result.output
+    swaps = json.loads((tmp_path / "run" / "record.json").read_text())["swaps"]
+    assert swaps["n_replicas"] == (2 if sampler == "exchange" else 1)
+    estimate = invoke("estimate", tmp_path / "run", "--no-decorrelate", "--min-overlap", "0")
+    assert "MBAR" in estimate.output
+    (tmp_path / "w.yaml").write_text(text.replace(f"sampler: {sampler}", "sampler: independent"))
+    other = invoke("windows", tmp_path / "w.yaml", "--no-progress")
+    assert other.exit_code == 1
+    assert "expected a run with the same settings" in other.stderr
+
+
 def test_windows_refuses_an_unknown_key(tmp_path: Path) -> None:
     (tmp_path / "w.yaml").write_text(WINDOWS + "timstep: 1\n")
     result = invoke("windows", tmp_path / "w.yaml")
@@ -188,7 +207,7 @@ def test_windows_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def interrupted(**kwargs: Any) -> None:
         raise KeyboardInterrupt("stopped; the same call resumes the run")
 
-    monkeypatch.setattr("openmm_diffforce.windows.run_windows", interrupted)
+    monkeypatch.setattr("openmm_diffforce.project.run_windows", interrupted)
     (tmp_path / "w.yaml").write_text(WINDOWS)
     result = invoke("windows", tmp_path / "w.yaml")
     assert result.exit_code == 130

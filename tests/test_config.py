@@ -74,6 +74,10 @@ def test_unknown_key_inside_a_part(tmp_path: Path) -> None:
         ("trajectory: pdb", "trajectory: expected 'dcd' or 'xtc', found 'pdb'"),
         ("seed: one", "seed: expected a valid integer"),
         ("topology: a.pdb", "topology: alanine brings its own"),
+        ("sampler: gibbs", "sampler: expected 'independent', 'exchange' or 'expanded', found 'gibbs'"),
+        ("n_adapt: 0", "n_adapt: expected greater than or equal to 1, found 0"),
+        ("sampler: exchange\nn_workers: 2", "n_workers: sampler exchange runs in one process"),
+        ("sampler: expanded\nn_workers: 2", "n_workers: sampler expanded runs in one process"),
     ],
 )
 def test_values_that_are_not_allowed(tmp_path: Path, change: str, expected: str) -> None:
@@ -111,7 +115,7 @@ def test_window_arguments_alanine(tmp_path: Path) -> None:
     arguments = window_arguments(settings)
     assert arguments["states"] == [{"lambda": 0.0}, {"lambda": 0.5}, {"lambda": 1.0}]
     assert arguments["system"].getNumParticles() == 22
-    assert arguments["n_frames"] == 20
+    assert arguments["out_dir"] == tmp_path / "run"
     assert arguments["learned"] is None
 
 
@@ -150,5 +154,5 @@ def test_window_arguments_missing_file(tmp_path: Path) -> None:
 
 def test_number_of_workers(tmp_path: Path) -> None:
     settings = load_settings(written(tmp_path, GOOD + "n_workers: 2\n"), WindowsSettings)
-    assert window_arguments(settings)["n_workers"] == 2
+    assert settings.n_workers == 2
     assert "n_workers" in refused(tmp_path, GOOD + "n_workers: 0\n")

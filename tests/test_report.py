@@ -296,7 +296,7 @@ def test_with_error(value: float | None, error: float, text: str) -> None:
 
 
 def some_swaps() -> dict[str, Any]:
-    from openmm_diffforce.exchange import swap_statistics
+    from openmm_diffforce.swaps import swap_statistics
 
     rng = np.random.default_rng(1)
     states = rng.permuted(np.tile(np.arange(11), (60, 1)), axis=1)

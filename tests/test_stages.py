@@ -111,17 +111,19 @@ def test_windows_of_a_project(project):
     assert Path(run["out_dir"]) == (project.parent / "runs" / "windows").resolve()
 
 
-def test_replica_exchange_of_a_project(project, tmp_path):
+@pytest.mark.parametrize("sampler", ["exchange", "expanded"])
+def test_other_samplers_of_a_project(project, tmp_path, sampler):
     content = yaml.safe_load(project.read_text())
-    content["windows"]["exchange"] = True
-    content["windows"]["states"] = {"n": 3}
+    content["windows"] |= {"sampler": sampler, "states": {"n": 3}, "n_adapt": 20}
     content["out_dir"] = str(tmp_path)
-    path = project.parent / "exchange.yaml"
+    path = project.parent / f"{sampler}.yaml"
     path.write_text(yaml.safe_dump(content))
     (tmp_path / "model.diffforce").write_bytes((project.parent / "runs" / "model.diffforce").read_bytes())
     run = json.loads(ok("windows", path, "--json"))
     assert (run["n_states"], run["n_frames"]) == (3, 36)
-    assert "MBAR" in ok("estimate", tmp_path / "windows", "--no-decorrelate", "--min-overlap", "0")
+    assert run["n_steps"] == (3 * (10 + 12 * 5) if sampler == "exchange" else 10 + (20 + 36) * 5)
+    if sampler == "exchange":
+        assert "MBAR" in ok("estimate", tmp_path / "windows", "--no-decorrelate", "--min-overlap", "0")
 
 
 def test_stages_in_order(files, tmp_path):
@@ -298,6 +300,15 @@ def test_init_never_overwrites(tmp_path):
             "expected an OpenMM System as XML",
         ),
         ({"sample": {"frames": 10}}, "sample.frames: unknown key"),
+        (
+            {"windows": {"sampler": "gibbs"}},
+            "windows.sampler: expected 'independent', 'exchange' or 'expanded'",
+        ),
+        (
+            {"windows": {"sampler": "expanded", "n_workers": 2}},
+            "windows: n_workers: sampler expanded runs in",
+        ),
+        ({"windows": {"exchange": True}}, "windows.exchange: unknown key; allowed: states"),
         ({"simulate": {"lam": 1.5}}, "simulate.lam: expected less than or equal to 1"),
         ({"temperature": "warm"}, "temperature: expected a valid number"),
         ({"fit": {"sites": [-1]}}, "fit.sites.0: expected greater than or equal to 0"),

@@ -13,6 +13,7 @@ from openmm_diffforce import ops, training
 from openmm_diffforce.errors import DiffForceError, InputError
 from openmm_diffforce.models.graph import MolecularGraph, internal_coordinates, rotatable_bonds
 from openmm_diffforce.models.physics import OperatorTables, PhysicalModel
+from openmm_diffforce.project import r_squared
 from openmm_diffforce.schedule import VESchedule
 from openmm_diffforce.training import (
     DEFAULT_SIGMA_KNOTS,
@@ -31,10 +32,6 @@ CHAIN = MolecularGraph(("C", "N", "O", "F"), ((0, 1), (1, 2), (2, 3)))  # one pa
 STIFFNESS = 1.0e4
 """k [1/nm^2]: bonds of 0.1 nm that vary by 0.01 nm."""
 LENGTH = 0.1
-
-
-def r_squared(found: np.ndarray, truth: np.ndarray) -> float:
-    return float(1 - ((found - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
 # ------------------------------------------------------------------ exact samples
@@ -74,7 +71,7 @@ def slope_of(model: PhysicalModel, r: np.ndarray, sigma: float = 0.0) -> np.ndar
     """dS/dr of a diatomic model at bond lengths r."""
     x = np.zeros((len(r), 2, 3))
     x[:, 1, 0] = r
-    t = np.full(len(r), np.sqrt(sigma / model.sigma_max))
+    t = np.full(len(r), np.sqrt(sigma / model.amplitudes.sigma_max))
     _, gradient, _ = model.fields(torch.as_tensor(x), torch.as_tensor(t), torch.zeros(len(r), dtype=F64))
     return gradient[:, 1, 0].numpy()
 

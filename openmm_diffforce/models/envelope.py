@@ -26,7 +26,7 @@ doi:10.24033/bsmf.1625.
 
 import torch
 
-from ..schedule import NoiseSchedule, alpha_sigma
+from ..schedule import Amplitudes, NoiseSchedule
 from .action import ActionModel
 from .physics import PhysicalModel
 from .stiff import StiffDenoiser
@@ -57,17 +57,9 @@ class EnvelopeAction(ActionModel):
         super().__init__()
         self.base = base
         self.denoiser = denoiser
-        kind, sigma_max, beta_min, beta_max, length = schedule.script_args()
-        self.schedule_kind = kind
-        self.sigma_max = float(sigma_max)
-        self.beta_min = float(beta_min)
-        self.beta_max = float(beta_max)
-        self.length = float(length)
+        self.amplitudes = Amplitudes(schedule)
         self.has_operator = base.has_operator
         self.n_dof = base.n_dof
-
-    def _noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return alpha_sigma(self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t)
 
     def _hessian(self, x: Tensor, lam: Tensor) -> Tensor:
         """Hessian of the clean action [n_frames, 3 n_atoms, 3 n_atoms]."""
@@ -146,7 +138,7 @@ class EnvelopeAction(ActionModel):
 
     def forward(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Reduced action S [n_frames]; differentiable once."""
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         found = self._found(z.detach(), tau.detach(), lam.detach())
         clean = tau == 0
@@ -170,7 +162,7 @@ class EnvelopeAction(ActionModel):
     @torch.jit.export
     def fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S [n_frames], dS/dx [n_frames, n_atoms, 3] (1/nm) and dS/dlam [n_frames]."""
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         action, gradient, d_lam = self.noised_fields(x / alpha[:, None, None], sigma / alpha, lam)
         return action + self.n_dof * torch.log(alpha), gradient / alpha[:, None, None], d_lam
 
@@ -186,7 +178,7 @@ class EnvelopeAction(ActionModel):
     @torch.jit.export
     def operator_gradient(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Gradient of the noised operator, d2S/dx dlam [n_frames, n_atoms, 3], in 1/nm."""
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         found = self._found(z, tau, lam)
         gradient = self.base.operator_gradient(found, torch.zeros_like(tau), lam)

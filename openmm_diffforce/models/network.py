@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..schedule import NoiseSchedule, alpha_sigma
+from ..schedule import Amplitudes, NoiseSchedule
 from .action import ActionModel
 from .envelope import EnvelopeAction
 from .graph import MolecularGraph
@@ -271,12 +271,7 @@ class NetworkAction(ActionModel):
                 f"schedule: expected sigma/alpha <= {MAX_TAU} nm at t = 1 for a network model, found "
                 f"{top:.4g}; choose a narrower one, such as VESchedule(0.02)."
             )
-        kind, sigma_max, beta_min, beta_max, length = schedule.script_args()
-        self.schedule_kind = kind
-        self.sigma_max = float(sigma_max)
-        self.beta_min = float(beta_min)
-        self.beta_max = float(beta_max)
-        self.length = float(length)
+        self.amplitudes = Amplitudes(schedule)
         self.n_dof = float(3 * graph.n_atoms - 3)
         self.has_operator = True
         self.residual = base is not None
@@ -293,9 +288,6 @@ class NetworkAction(ActionModel):
             graph, chosen, width=width, channels=channels, scale=[float(unit)] * 2
         )
 
-    def _noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return alpha_sigma(self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t)
-
     def _gates(self, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the networks see of the noise, and the factors of (N, A) and of D."""
         square = (tau * tau)[:, None]
@@ -305,7 +297,7 @@ class NetworkAction(ActionModel):
 
     def forward(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Reduced action S [n_frames] at noised coordinates x [n_frames, n_atoms, 3] nm."""
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         gates, active, noised = self._gates(tau)
         xs, _, us, w = self.denoiser.denoise(z, tau)
@@ -347,7 +339,7 @@ class NetworkAction(ActionModel):
         """S [n_frames], dS/dx [n_frames, n_atoms, 3] (1/nm) and dS/dlam [n_frames]."""
         if self.base is not None and not bool((t > 0).any()):
             return self.base.fields(x, t, lam)  # nothing to add, and nothing to denoise
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         action, gradient, d_lam = self.own_fields(x / alpha[:, None, None], sigma / alpha, lam)
         gradient = gradient / alpha[:, None, None]
         if self.base is not None:
@@ -360,7 +352,7 @@ class NetworkAction(ActionModel):
         """S(x,t,lam) - S(x,t,0), its x-gradient and its lam-derivative: the operator's part alone."""
         if self.base is not None and not bool((t > 0).any()):
             return self.base.increment_fields(x, t, lam)  # nothing to add, and nothing to denoise
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         gates, active, noised = self._gates(tau)
         xs, factors, us, _ = self.denoiser.denoise(z, tau)
@@ -384,7 +376,7 @@ class NetworkAction(ActionModel):
         """Gradient of the noised operator, d2S/dx dlam [n_frames, n_atoms, 3], in 1/nm."""
         if self.base is not None and not bool((t > 0).any()):
             return self.base.operator_gradient(x, t, lam)  # nothing to add, and nothing to denoise
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         gates, active, noised = self._gates(tau)
         xs, factors, us, _ = self.denoiser.denoise(z, tau)

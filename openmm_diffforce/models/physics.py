@@ -28,7 +28,7 @@ import torch
 from .. import ops
 from ..errors import InputError
 from ..ops import ANGLE, DISTANCE, TORSION
-from ..schedule import NoiseSchedule, alpha_sigma
+from ..schedule import Amplitudes, NoiseSchedule
 from .action import ActionModel
 from .graph import InternalCoordinates, MolecularGraph, internal_coordinates
 
@@ -126,12 +126,7 @@ class PhysicalModel(ActionModel):
         check_noise_range("base", base.sigma_knots, schedule)
         if operator is not None:
             check_noise_range("operator", operator.sigma_knots, schedule)
-        kind, sigma_max, beta_min, beta_max, length = schedule.script_args()
-        self.schedule_kind = kind
-        self.sigma_max = float(sigma_max)
-        self.beta_min = float(beta_min)
-        self.beta_max = float(beta_max)
-        self.length = float(length)
+        self.amplitudes = Amplitudes(schedule)
         self.has_operator = operator is not None
 
         def keep(name: str, value: np.ndarray, dtype: torch.dtype) -> None:
@@ -163,12 +158,9 @@ class PhysicalModel(ActionModel):
         self.r_cutoff = float(operator.r_cutoff)
         self.n_dof = float(3 * n_atoms - 3)
 
-    def _noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return alpha_sigma(self.schedule_kind, self.sigma_max, self.beta_min, self.beta_max, self.length, t)
-
     def forward(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
         """Reduced action S [n_frames] at noised coordinates x [n_frames, n_atoms, 3] nm."""
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         z = x / alpha[:, None, None]
         tau = sigma / alpha
         if not torch.jit.is_scripting():
@@ -205,10 +197,10 @@ class PhysicalModel(ActionModel):
     def fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """S [n_frames], dS/dx [n_frames, n_atoms, 3] (1/nm) and dS/dlam [n_frames]."""
         alpha = torch.ones_like(t)
-        if self.schedule_kind == 0:
-            z, tau = x, self.sigma_max * t * t
+        if self.amplitudes.kind == 0:
+            z, tau = x, self.amplitudes.sigma_max * t * t
         else:
-            alpha, sigma = self._noise(t)
+            alpha, sigma = self.amplitudes(t)
             z, tau = x / alpha[:, None, None], sigma / alpha
         action, gradient, _ = torch.ops.diffforce.internal_action(
             z, tau, self.atoms, self.cls, self.kind, self.grid, self.offsets, self.coef,
@@ -223,7 +215,7 @@ class PhysicalModel(ActionModel):
             )  # fmt: skip
             action = action + increment
             gradient = gradient + increment_gradient
-        if self.schedule_kind == 0:
+        if self.amplitudes.kind == 0:
             return action, gradient, d_lam
         return action + self.n_dof * torch.log(alpha), gradient / alpha[:, None, None], d_lam
 
@@ -233,14 +225,14 @@ class PhysicalModel(ActionModel):
 
         What ``mode="operator"`` evaluates; cheaper than two calls of :meth:`fields`.
         """
-        if self.schedule_kind == 0:  # VE has alpha = 1: a step is short of time for dividing by it
+        if self.amplitudes.kind == 0:  # VE has alpha = 1: a step is short of time for dividing by it
             increment, gradient, _, d_lam = torch.ops.diffforce.pair_operator(
-                x, self.sigma_max * t * t, lam, self.no_box, self.sites, self.env, self.pair_type,
+                x, self.amplitudes.sigma_max * t * t, lam, self.no_box, self.sites, self.env, self.pair_type,
                 self.table, self.r_grid, self.lam_knots, self.operator_sigma, self.r_switch,
                 self.r_cutoff, True,
             )  # fmt: skip
             return increment, gradient, d_lam
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         increment, gradient, _, d_lam = torch.ops.diffforce.pair_operator(
             x / alpha[:, None, None], sigma / alpha, lam, self.no_box, self.sites, self.env,
             self.pair_type, self.table, self.r_grid, self.lam_knots, self.operator_sigma,
@@ -253,7 +245,7 @@ class PhysicalModel(ActionModel):
         """Gradient of the noised operator, d2S/dx dlam [n_frames, n_atoms, 3], in 1/nm."""
         if not self.has_operator:
             return torch.zeros_like(x)
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         gradient, _, _ = torch.ops.diffforce.pair_operator_hvp(
             x / alpha[:, None, None], sigma / alpha, lam, self.no_box, self.sites, self.env,
             self.pair_type, self.table, self.r_grid, self.lam_knots, self.operator_sigma,
@@ -265,7 +257,7 @@ class PhysicalModel(ActionModel):
     @torch.jit.export
     def hessian_product(self, x: Tensor, t: Tensor, lam: Tensor, v: Tensor) -> Tensor:
         """Hessian of S in x times v, both [n_frames, n_atoms, 3]; v in nm gives 1/nm."""
-        alpha, sigma = self._noise(t)
+        alpha, sigma = self.amplitudes(t)
         z, tau = x / alpha[:, None, None], sigma / alpha
         v = v / alpha[:, None, None]
         still = torch.zeros_like(t)
