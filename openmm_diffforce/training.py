@@ -93,8 +93,17 @@ WALL_CELLS = 2
 BASE_ROUGHNESS = 3
 """Order of the differences that the base action's penalty squares: 3 leaves harmonic terms free."""
 
+OPERATOR_WALL = 1e4
+"""Least curvature of a pair's operator below the closest distance that its frames showed [kT/nm^2]."""
+
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Smoothness penalties tried, relative to the diagonal of the normal matrix."""
+"""Smoothness penalties tried for the base action, relative to the diagonal of the normal matrix."""
+
+OPERATOR_PENALTIES = (1e-6, 1e-5, *PENALTIES)
+"""The same for the operator, which has no noise at t = 0 and needs less smoothing."""
+
+OPERATOR_TOLERANCE = 10.0
+"""Distance of O from the values of end state 1 beyond which its error counts relative to it [kT]."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,7 @@ def _periodic_roughness(n: int) -> np.ndarray:
 def _best_penalty(
     a_train: np.ndarray, b_train: np.ndarray, a_test: np.ndarray, b_test: np.ndarray,
     penalty: np.ndarray, block: np.ndarray, holdout: float, centre: np.ndarray | None = None,
+    strengths: Sequence[float] = PENALTIES,
 ) -> tuple[np.ndarray, dict[str, float]]:  # fmt: skip
     """Choose the penalty on held-out data, then refit on everything.
 
@@ -191,7 +201,7 @@ def _best_penalty(
         return np.asarray(scipy.linalg.cho_solve(factor, right, check_finite=False))
 
     best = (np.inf, 0.0)
-    for mu in PENALTIES:
+    for mu in strengths:
         c = solve(a_train, b_train, mu)
         loss = float(0.5 * c @ a_test @ c - b_test @ c)
         if loss < best[0]:
@@ -204,12 +214,18 @@ def _best_penalty(
     return solve(a_all, b_all, mu), {"penalty": mu, "held_out_loss": loss}
 
 
-def _blocks(n_frames: int, holdout: float) -> np.ndarray:
-    """True for held-out frames: the last contiguous fraction, so that time correlation stays out."""
+def _blocks(n_frames: int, holdout: float, *, spread: bool = False) -> np.ndarray:
+    """True for held-out frames: the last contiguous fraction, so that time correlation stays out.
+
+    With ``spread`` evenly spaced frames instead.
+    """
     if not 0 < holdout < 1:
         raise InputError(f"holdout: expected a fraction of the frames in (0, 1), found {holdout!r}.")
     test = np.zeros(n_frames, dtype=bool)
-    test[int(np.ceil(n_frames * (1 - holdout))):] = True  # fmt: skip
+    if spread:
+        test[np.arange(n_frames) * holdout % 1 >= 1 - holdout - 1e-9] = True
+    else:
+        test[int(np.ceil(n_frames * (1 - holdout))):] = True  # fmt: skip
     if test.all() or not test.any():
         raise InputError(f"fit: expected at least 5 frames, found {n_frames}.")
     return test
@@ -463,6 +479,20 @@ def _ramp(spline: np.ndarray, wall: float) -> np.ndarray:
     return np.asarray(spline[-1] + np.cumsum(slope))
 
 
+def _guarded(spline: np.ndarray, unseen: int, spacing: float) -> np.ndarray:
+    """Continue a pair's spline below the closest distance of its frames into a harmonic wall.
+
+    The frames leave slopes of pairs that move together undetermined up to what cancels among them. At
+    distances that no frame showed nothing cancels any more, and a slope downhill is a hole.
+    """
+    out = spline.copy()
+    wall = OPERATOR_WALL * spacing**2
+    for i in range(unseen - 1, -1, -1):
+        edge, slope = np.diff(out[i + 1 : i + 4], 2)[0], out[i + 1] - out[i + 2]
+        out[i] = out[i + 1] + slope + max(edge, wall)
+    return out
+
+
 def _pair_design(y: np.ndarray, tables: OperatorTables, first: np.ndarray, n_coefs: int) -> np.ndarray:
     """Features of the pair operator [n_frames, n_types * n_coefs]."""
     a_idx, b_idx = np.nonzero(tables.pair_type >= 0)
@@ -490,10 +520,18 @@ def fit_operator(
     n_draws: int = 2,
     holdout: float = 0.2,
 ) -> FitResult:  # fmt: skip
-    """Fit the noised pair operator O_{t,lam}(y) = E_lam[O(x) | y] at lam = 0 and lam = 1.
+    r"""Fit the noised pair operator O_{t,lam}(y) = E_lam[O(x) | y] at lam = 0 and lam = 1.
 
-    At t = 0 the operator does not depend on lambda (linear mixing): both ends share one fit.
-    At t > 0 each end is fitted on its own noised frames, shrunk towards the level before.
+    At t = 0 the operator is a function of x and does not depend on lambda (linear mixing): both ends
+    share one fit, in which a frame weighs
+
+    .. math:: w = 1 / [1 + (d/\tau)^2]
+
+    with d the distance of its O from the central 90 % of O in end state 1 and tau
+    ``OPERATOR_TOLERANCE``. A frame that clashes in state 1, with O above it by d, is met at
+    lambda < 1/d only, where an error of d/tau is harmless; without weights a few such frames decide
+    the whole fit, and its errors open holes in state 1. At t > 0 each end is fitted on its own noised
+    frames, shrunk towards the level before, and every frame weighs alike: the target is a mean over x.
 
     Parameters
     ----------
@@ -510,7 +548,8 @@ def fit_operator(
     Returns
     -------
     FitResult
-        With :class:`OperatorTables`; the record has the held-out R^2 of O per level and end.
+        With :class:`OperatorTables`; the record has the held-out R^2 of O per level and end,
+        weighted as the fit.
 
     Raises
     ------
@@ -548,12 +587,13 @@ def fit_operator(
                 noise = np.concatenate([noise, -noise])
                 noised.append(((x + sigma * noise).reshape(-1, *x.shape[1:]),
                                np.tile(np.arange(len(x)), 2 * n_draws)))  # fmt: skip
-    low = np.full(len(labels), np.inf)
+    closest = np.full((len(noised), len(labels)), np.inf)
     high = np.zeros(len(labels))
-    for y, _ in noised:
+    for i, (y, _) in enumerate(noised):
         r = np.linalg.norm(y[:, site_idx[a_idx]] - y[:, env[b_idx]], axis=-1)
-        np.minimum.at(low, types, r.min(axis=0))
+        np.minimum.at(closest[i], types, r.min(axis=0))
         np.maximum.at(high, types, r.max(axis=0))
+    low = closest.min(axis=0)
     n_coefs = int(np.ceil((high - low).max() / OPERATOR_SPACING)) + 3
     spacing = (high - low) / (n_coefs - 3)
     r_switch = float(1.25 * high.max())
@@ -566,44 +606,61 @@ def fit_operator(
     penalty += 1e-3 * np.eye(len(penalty))
     block = np.repeat(np.arange(len(labels)), n_coefs)
 
-    def normal(level: int, end: int) -> list[tuple[np.ndarray, np.ndarray, float, int, float]]:
+    typical = np.quantile(values[1], (0.05, 0.95))
+
+    def weights(o: np.ndarray) -> np.ndarray:
+        distance = np.maximum(np.maximum(typical[0] - o, o - typical[1]), 0.0)
+        return np.asarray(1.0 / (1.0 + (distance / OPERATOR_TOLERANCE) ** 2))
+
+    def normal(level: int, end: int) -> list[tuple[np.ndarray, np.ndarray, float, float, float]]:
         y, row = noised[2 * level + end]
-        test = _blocks(len(frames[end]), holdout)[row]
+        # O has no noise at t = 0, and rare contacts belong on both sides: frames spread over the run.
+        test = _blocks(len(frames[end]), holdout, spread=level == 0)[row]
         out = []
         for part in (~test, test):
             a = np.zeros((len(penalty), len(penalty)))
             b = np.zeros(len(penalty))
             target = values[end][row][part]
+            weight = weights(target) if level == 0 else np.ones(len(target))
             y_part = y[part]
             for chunk in range(0, len(y_part), 4000):
-                design = _pair_design(y_part[chunk : chunk + 4000], tables, low, n_coefs)
-                a += design.T @ design
-                b += design.T @ target[chunk : chunk + 4000]
-            spread = float(((target - target.mean()) ** 2).sum())
-            out.append((a, b, spread, len(target), float((target**2).sum())))
+                some = slice(chunk, chunk + 4000)
+                design = _pair_design(y_part[some], tables, low, n_coefs)
+                a += design.T @ (weight[some, None] * design)
+                b += design.T @ (weight[some] * target[some])
+            moments = [float((weight * target**power).sum()) for power in range(3)]
+            out.append((a, b, *moments))
         return out
 
     levels = []
     shape = (len(labels), n_coefs)
+    fitted = np.zeros_like(table)
     for m, sigma in enumerate(knots):
         ends: list[Any] = [normal(m, 0), normal(m, 1)]
         if m == 0:  # one operator for both ends
             ends = [[[p + q for p, q in zip(*parts, strict=True)] for parts in zip(*ends, strict=True)]]
         record = []
         for end, (train, held) in enumerate(ends):
-            centre = None if m == 0 else table[:, end, m - 1].ravel()
-            n_train, n_test = train[3], held[3]
+            centre = None if m == 0 else fitted[:, end, m - 1].ravel()
+            n_train, n_test = train[2], held[2]
             c, chosen = _best_penalty(
                 train[0] / n_train, train[1] / n_train, held[0] / n_test, held[1] / n_test,
-                penalty, block, holdout, centre,
+                penalty, block, holdout, centre, OPERATOR_PENALTIES,
             )  # fmt: skip
             for lam in (0, 1) if m == 0 else (end,):
-                table[:, lam, m] = c.reshape(shape)
+                fitted[:, lam, m] = c.reshape(shape)
             # held-out loss = (residual - |O|^2)/2 per frame, so that R^2 follows from it
-            residual = 2 * chosen["held_out_loss"] + held[4] / n_test
-            chosen["held_out_r2"] = 1 - residual / (held[2] / n_test)
+            square = held[4] / n_test
+            residual = 2 * chosen["held_out_loss"] + square
+            chosen["held_out_r2"] = 1 - residual / (square - (held[3] / n_test) ** 2)
             record.append(chosen)
         levels.append({"sigma_nm": float(sigma), "ends": record})
+    for m in range(len(knots)):
+        for lam in (0, 1):
+            seen = closest[2 * m : 2 * m + 2].min(axis=0) if m == 0 else closest[2 * m + lam]
+            cells = np.floor((seen - low) / spacing).astype(int)
+            for k, unseen in enumerate(cells):
+                table[k, lam, m] = _guarded(fitted[k, lam, m], int(unseen), spacing[k])
     return FitResult(tables, {"n_types": len(labels), "n_coefs": int(n_coefs), "levels": levels,
                               "cpu_seconds": time.process_time() - started})  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The fits, held to densities and operators that are known exactly."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from unittest import mock
@@ -367,7 +368,7 @@ def test_an_operator_in_the_span_is_found_exactly():
     lo, h = tables.r_grid[0]
     n = tables.table.shape[-1]
     spline = scipy.interpolate.BSpline(lo + h * (np.arange(n + 4) - 3), generator.standard_normal(n), 3)
-    with mock.patch.object(training, "PENALTIES", (1e-13,)):
+    with mock.patch.object(training, "OPERATOR_PENALTIES", (1e-13,)):
         found = fit(spline(distances(ends[0])), spline(distances(ends[1])))
     for x in ends:
         exact = spline(distances(x))
@@ -426,6 +427,46 @@ def test_held_out_r2_is_that_of_the_held_out_frames():
     for level in fit.record["levels"]:
         for end in level["ends"]:
             assert -0.5 < end["held_out_r2"] < 0.1
+
+
+def test_frames_that_clash_in_state_1_do_not_spoil_it():
+    """A steric operator that no cubic spline follows at short range, seen there from end state 0 alone."""
+    generator = np.random.default_rng(8)
+    x_0 = chains(1500, 0.1, generator)
+    x_0 = x_0[distances(x_0) > 0.02]
+    x_1 = chains(6000, 0.1, generator)
+    x_1 = x_1[distances(x_1) > 0.1]
+
+    def steric(x: np.ndarray) -> np.ndarray:
+        return (0.1 / distances(x)) ** 6
+
+    def error_in_state_1(**changes: float) -> float:
+        with contextlib.ExitStack() as stack:
+            for name, value in changes.items():
+                stack.enter_context(mock.patch.object(training, name, value))
+            fit = fit_operator(x_0, steric(x_0), x_1[500:], steric(x_1[500:]), CHAIN, [0],
+                               sigma_knots=(0.0, 0.002), generator=np.random.default_rng(0))  # fmt: skip
+        return float(np.std(operator_values(fit.tables, x_1[:500], 0.0, 1.0) - steric(x_1[:500])))
+
+    assert steric(x_0).max() > 1000
+    assert error_in_state_1() < 0.01
+    assert error_in_state_1(OPERATOR_TOLERANCE=1e9) > 5 * error_in_state_1()
+
+
+def test_beyond_the_closest_contact_the_operator_repels():
+    """Downhill towards shorter distances in the frames; the wall turns it round, without a jump of force."""
+    generator = np.random.default_rng(9)
+    ends = [x[distances(x) > 0.1] for x in (chains(3000, 0.1, generator) for _ in (0, 1))]
+    o = [20.0 * distances(x) for x in ends]
+    fit = fit_operator(ends[0], o[0], ends[1], o[1], CHAIN, [0], sigma_knots=(0.0, 0.05), generator=generator)
+    r = np.linspace(0.01, 0.3, 400)
+    line = np.repeat(ends[0][:1], len(r), axis=0)
+    line[:, 3] = line[:, 0] + r[:, None] * np.array([1.0, 0.0, 0.0])
+    value = operator_values(fit.tables, line, 0.0, 1.0)
+    inside = r > 0.12
+    np.testing.assert_allclose(value[inside], 20.0 * r[inside], atol=0.02)
+    assert value[0] > 20.0 * r[0] + 0.5 * training.OPERATOR_WALL * 0.05**2
+    assert np.abs(np.diff(value, 2) / np.diff(r)[0] ** 2).max() < 1.3 * training.OPERATOR_WALL
 
 
 # ------------------------------------------------------------------ both together
