@@ -628,8 +628,8 @@ def fit_operator(
                 design = _pair_design(y_part[some], tables, low, n_coefs)
                 a += design.T @ (weight[some, None] * design)
                 b += design.T @ (weight[some] * target[some])
-            moments = [float((weight * target**power).sum()) for power in range(3)]
-            out.append((a, b, *moments))
+            mass, first, second = (float((weight * target**power).sum()) for power in range(3))
+            out.append((a, b, mass, first, second))
         return out
 
     levels = []
