@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .alchemy import lambda_states as lambda_states
     from .artefact import export_artefact as export_artefact
     from .artefact import load_artefact as load_artefact
+    from .density import fit_operator_density as fit_operator_density
     from .errors import DiffForceError as DiffForceError
     from .exchange import run_expanded_ensemble as run_expanded_ensemble
     from .exchange import run_replica_exchange as run_replica_exchange
@@ -58,6 +59,7 @@ _HOME = {
     "examine_model": "models.examine",
     "export_artefact": "artefact",
     "fit_network": "network_training",
+    "fit_operator_density": "density",
     "fit_physical_model": "training",
     "force_from_manifest": "force",
     "graph_from_topology": "systems",

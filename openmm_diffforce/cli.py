@@ -638,6 +638,52 @@ def _state_table(result: Any) -> Table:
     return table
 
 
+@app.command()
+def density(
+    run: Annotated[Path, typer.Argument(help="Folder of a window run with linear mixing.")],
+    ends: Annotated[bool, typer.Option("--ends", help="Use the first and the last state alone.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Free-energy difference from the density of the operator; states need not overlap."""
+    from .constants import U_NK_FILE
+    from .density import MAX_CHI2, fit_operator_density
+    from .estimate import Estimate, read_table, state_operators
+    from .report import with_error
+
+    states = state_operators(read_table(run / U_NK_FILE))
+    chosen = (0, len(states.lams) - 1) if ends else range(len(states.lams))
+    lams = [float(states.lams[k]) for k in chosen]
+    found = fit_operator_density([states.operators[k] for k in chosen], lams)
+    if as_json:
+        typer.echo(json.dumps({**found.to_dict(), "lams": lams}, indent=1))
+        return
+    value = Estimate("density", found.delta_f, found.d_delta_f, states.temperature)
+    console = _console()
+    table = Table(title=f"Delta f at {states.temperature:g} K", title_justify="left")
+    table.add_column("from")
+    for unit in ("kT", "kJ/mol", "kcal/mol"):
+        table.add_column(unit, justify="right")
+    table.add_row(
+        "density of the operator", *(Text(with_error(*value.to(u))) for u in ("kT", "kJ/mol", "kcal/mol"))
+    )
+    console.print(table)
+    rows = Table(title="States", title_justify="left")
+    for name in ("lambda", "frames", "g", "mean O [kT]", "chi2 / dof"):
+        rows.add_column(name, justify="right")
+    for i, k in enumerate(chosen):
+        rows.add_row(
+            f"{lams[i]:.4g}", str(found.n_frames[i]), f"{found.inefficiency[i]:.1f}",
+            f"{states.operators[k].mean():.3g}", f"{found.chi2[i]:.2f}",
+        )  # fmt: skip
+    console.print(rows)
+    if found.chi2.max() > MAX_CHI2:
+        console.print(
+            f"chi2 above {MAX_CHI2:g}: the states are not tilts of one density. Is every window in "
+            "equilibrium?",
+            style=STYLES["WARN"],
+        )
+
+
 # -------------------------------------------------------------------------------------- report
 
 

@@ -383,6 +383,72 @@ def _check_u_nk(u_nk: Any, name: str = "u_nk") -> _Table:
     return _Table(frame=table, state=state[order], order=order)
 
 
+@dataclass(frozen=True)
+class StateOperators:
+    """What :func:`state_operators` returns.
+
+    Attributes
+    ----------
+    lams : numpy.ndarray, shape (n_states,)
+        Lambda of every sampled state, increasing; 0 and 1 are the table's first and last column.
+    operators : list of numpy.ndarray, each of shape (n_frames,)
+        O = u_1 - u_0 on its frames [kT], in time order.
+    temperature : float
+        [K]
+    """
+
+    lams: FloatArray
+    operators: list[FloatArray]
+    temperature: float
+
+
+def state_operators(u_nk: pd.DataFrame) -> StateOperators:
+    """O on the frames of every state, from a table of windows with linear mixing.
+
+    Parameters
+    ----------
+    u_nk : pandas.DataFrame
+        Reduced potentials [kT], alchemlyb standard form with attrs.
+
+    Returns
+    -------
+    StateOperators
+
+    Raises
+    ------
+    InputError
+        For a table of another form, or one whose columns are not ``u_0 + lambda O``: then O of
+        first and last column says nothing of the states between them.
+
+    Examples
+    --------
+    >>> index = pd.MultiIndex.from_tuples([(0.0, 0.0), (0.0, 1.0)], names=["time", "lambda"])
+    >>> table = pd.DataFrame([[1.0, 3.0], [1.0, 2.0]], index=index, columns=[0.0, 1.0])
+    >>> table.attrs = {"temperature": 300.0, "energy_unit": "kT"}
+    >>> [o.tolist() for o in state_operators(table).operators]
+    [[2.0], [1.0]]
+    """
+    table = _check_u_nk(u_nk)
+    u = table.frame.to_numpy(dtype=np.float64)
+    shifts = u - u[:, :1]
+    o = shifts[:, -1]
+    square = float(o @ o)
+    lams = (o @ shifts) / square if square > 0 else np.linspace(0.0, 1.0, u.shape[1])
+    miss = np.abs(shifts - np.outer(o, lams)).max(axis=0)
+    worst = int(miss.argmax())
+    if miss[worst] > 1e-6 * max(1.0, float(np.abs(u).max())):
+        raise InputError(
+            "u_nk: expected states that mix linearly, u_k = u_0 + lambda_k (u_last - u_0), found a "
+            f"deviation of {miss[worst]:.3g} kT in column {table.frame.columns[worst]}; use MBAR."
+        )
+    sampled = sorted(set(table.state.tolist()), key=lambda k: lams[k])
+    return StateOperators(
+        lams=np.clip(lams[sampled].round(12), 0.0, 1.0),  # rounding of the fit
+        operators=[o[table.rows(k)] for k in sampled],
+        temperature=_check_attrs(u_nk, "u_nk"),
+    )
+
+
 def _pymbar() -> Any:
     """pymbar, without the advertisements that it logs as warnings when it is imported."""
     logger = logging.getLogger("pymbar")

@@ -60,13 +60,13 @@ def artefact(tmp_path: Path) -> Path:
 
 
 def a_run(folder: Path, *, distance: float = 1.0) -> Path:
-    """u_nk of three harmonic states, the ends ``distance`` apart."""
+    """u_nk of three harmonic states that mix linearly, the ends ``distance`` apart."""
     generator = np.random.default_rng(0)
     lam = np.array([0.0, 0.5, 1.0])
     frames = []
     for state in lam:
         x = generator.normal(state * distance, 1.0, size=200)
-        u = 0.5 * (x[:, None] - lam * distance) ** 2
+        u = 0.5 * x[:, None] ** 2 + lam * (0.5 * distance**2 - distance * x[:, None])
         index = pd.MultiIndex.from_arrays([np.arange(200.0), np.full(200, state)], names=["time", "lambda"])
         frames.append(pd.DataFrame(u, index=index, columns=pd.Index(lam, name="lambda")))
     table = pd.concat(frames)
@@ -233,6 +233,18 @@ def test_estimate_refuses_poor_overlap(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "overlap" in result.stderr
     assert result.stdout == ""
+
+
+def test_density(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    result = invoke("density", run)
+    assert result.exit_code == 0, result.output
+    assert max(len(line) for line in result.output.splitlines()) <= 80
+    assert "density of the operator" in result.output
+    assert "chi2 above" not in result.output
+    found = json.loads(invoke("density", run, "--ends", "--json").stdout)
+    assert found["lams"] == [0.0, 1.0]
+    assert abs(found["delta_f"]) < 4 * found["d_delta_f"]  # shifted harmonic wells: Delta f = 0
 
 
 def test_estimate_without_a_run(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ FLOORS: dict[str, float] = {
     "workers": 5.6,
     "closure": 6,
     "windows": 6,
+    "density": 6.1,
     "swaps": 6.1,
     "exchange": 6.2,
     "reporters": 6,
@@ -124,7 +125,7 @@ def foreign_imports(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["closure", "estimate", "swaps", *(m for m in MODULES if m.startswith("models."))]
+    "module", ["closure", "density", "estimate", "swaps", *(m for m in MODULES if m.startswith("models."))]
 )
 def test_modules_that_never_import_openmm(module: str) -> None:
     assert "openmm" not in foreign_imports(module)
