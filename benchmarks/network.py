@@ -4,28 +4,33 @@
 
 Frames are sampled in the run, with seeds used nowhere else; references (force field, posterior MD)
 are computed on them. Settings are the defaults of ``NetworkSettings`` and of ``RESIDUAL``, fixed
-beforehand on other frames. Every part writes ``<out>/<part>.json`` and is skipped if that exists;
-the table goes to ``benchmarks/results/network.md``.
+beforehand on other frames; every network is trained with each of ``SEEDS``. Every part writes
+``<out>/<part>.json`` and is skipped if that exists; the table goes to
+``benchmarks/results/network.md``.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from parts import (
+    N_BOOTSTRAP,
+    field_errors,
+    field_rows,
+    model_noised_fields,
+    posterior_reference,
+    reference_noise,
+    run_parts,
+    standard_error,
+)
 
 from openmm_diffforce.alanine import TEMPERATURE, alanine_case
 from openmm_diffforce.artefact import export_artefact, load_artefact
 from openmm_diffforce.demo import KT
 from openmm_diffforce.force import DiffusionForce
-from openmm_diffforce.models import operator_gradient
 from openmm_diffforce.models.action import model_fields
-from openmm_diffforce.network_training import RESIDUAL, fit_network
-from openmm_diffforce.posterior import posterior_moments
-from openmm_diffforce.project import fit_quality, r_squared
-from openmm_diffforce.record import versions, write_json
+from openmm_diffforce.network_training import RESIDUAL, NetworkSettings, fit_network
+from openmm_diffforce.project import fit_quality
 from openmm_diffforce.schedule import VESchedule
 from openmm_diffforce.systems import (
     clone_system,
@@ -38,11 +43,16 @@ from openmm_diffforce.systems import (
 from openmm_diffforce.training import fit_physical_model
 
 SEED = 4100
-SEEDS = (1,)
+SEEDS = (1, 2, 3)
+"""Of the training; frames and references are the same for all."""
+
+SETTINGS = {"alone": NetworkSettings(), "residual": RESIDUAL}
 N_FRAMES, N_TEST, INTERVAL = 3000, 1000, 500
 SIGMAS = (0.005, 0.01, 0.02)
-N_Y, N_POSTERIOR = 12, 1000
+N_Y, N_POSTERIOR = 48, 1000
 SCHEDULE = VESchedule(0.02)
+WIDE = VESchedule(0.05)
+"""The physical model's own noise levels."""
 
 
 def case_and_graph():
@@ -93,130 +103,82 @@ def force_error(case, model, x: np.ndarray) -> float:
     return float(np.std(1 - miss[draws].sum(1) / total[draws].sum(1)))
 
 
-def quality(case, out: Path, model) -> dict:
-    test = tuple(v[N_FRAMES:] for v in frames(out))
-    return {
-        **fit_quality(model, case.system_0, case.pair, test),
-        "force_r2_se": force_error(case, model, test[0]),
-    }
-
-
-def alone(out: Path) -> dict:
-    """The network alone, at each training seed."""
+def measured(out: Path, name: str, model, record: dict, cpu_seconds: float, schedule=SCHEDULE) -> dict:
+    """Export a model as ``name``, and judge at t = 0 what comes back from the file."""
     case, graph = case_and_graph()
+    path = out / f"{name}.diffforce"
+    export_artefact(model, path, graph=graph, schedule=schedule, temperature=TEMPERATURE, training=record)
+    loaded = load_artefact(path).model
+    test = tuple(v[N_FRAMES:] for v in frames(out))
+    row = {
+        "cpu_seconds": cpu_seconds,
+        **fit_quality(loaded, case.system_0, case.pair, test),
+        "force_r2_se": force_error(case, loaded, test[0]),
+    }
+    print(f"  {name}: {row}", flush=True)
+    return row
+
+
+def trained(out: Path, kind: str, base=None) -> tuple[list[dict], object]:
+    """A network at each training seed; the rows, and the last model."""
+    case, graph = case_and_graph()
+    data = training_data(out)
     rows = []
     for seed in SEEDS:
         started = time.process_time()
-        model, record = fit_network(*training_data(out), graph, case.perturbed, SCHEDULE, seed=seed)
-        cpu = time.process_time() - started
-        export_artefact(
-            model,
-            out / f"alone_{seed}.diffforce",
-            graph=graph,
-            schedule=SCHEDULE,
-            temperature=TEMPERATURE,
-            training=record,
+        model, record = fit_network(
+            *data, graph, case.perturbed, SCHEDULE, seed=seed, base=base, settings=SETTINGS[kind]
         )
-        loaded = load_artefact(out / f"alone_{seed}.diffforce").model
+        cpu = time.process_time() - started
         rows.append(
             {
+                "model": kind,
                 "seed": seed,
-                "cpu_seconds": cpu,
-                "steps": record["steps"],
-                "n_weights": record["n_weights"],
-                **quality(case, out, loaded),
+                **{k: record[k] for k in ("steps", "best_step", "losses", "n_weights")},
+                **measured(out, f"{kind}_{seed}", model, record, cpu),
             }
         )
-        print(f"  {rows[-1]}", flush=True)
-    return {"rows": rows}
+    return rows, model
+
+
+def alone(out: Path) -> dict:
+    """The network alone."""
+    return {"rows": trained(out, "alone")[0]}
 
 
 def residual(out: Path) -> dict:
-    """The physical model, and the residual on it at each training seed, at t = 0."""
+    """The physical model, its envelope (what a residual starts from), and the residual on it."""
     case, graph = case_and_graph()
-    data = training_data(out)
     started = time.process_time()
-    wide = VESchedule(0.05)  # the physical model's own noise levels
-    physical, record = fit_physical_model(*data, graph, case.perturbed, wide, seed=SEED)
+    physical, record = fit_physical_model(*training_data(out), graph, case.perturbed, WIDE, seed=SEED)
     cpu = time.process_time() - started
+    row = {"model": "physical", **measured(out, "physical", physical, record, cpu, WIDE)}
+    rows, model = trained(out, "residual", base=physical)
     export_artefact(
-        physical,
-        out / "physical.diffforce",
-        graph=graph,
-        schedule=wide,
-        temperature=TEMPERATURE,
-        training=record,
+        model.base, out / "envelope.diffforce", graph=graph, schedule=SCHEDULE, temperature=TEMPERATURE
     )
-    rows = [{"model": "physical", "cpu_seconds": cpu, **quality(case, out, physical)}]
-    for seed in SEEDS:
-        started = time.process_time()
-        model, record = fit_network(
-            *data, graph, case.perturbed, SCHEDULE, seed=seed, base=physical, settings=RESIDUAL
-        )
-        cpu = time.process_time() - started
-        export_artefact(
-            model,
-            out / f"residual_{seed}.diffforce",
-            graph=graph,
-            schedule=SCHEDULE,
-            temperature=TEMPERATURE,
-            training=record,
-        )
-        export_artefact(
-            model.base, out / "envelope.diffforce", graph=graph, schedule=SCHEDULE, temperature=TEMPERATURE
-        )
-        rows.append(
-            {
-                "model": f"residual, seed {seed}",
-                "cpu_seconds": cpu,
-                "best_step": record["best_step"],
-                "losses": record["losses"],
-                **quality(case, out, load_artefact(out / f"residual_{seed}.diffforce").model),
-            }
-        )
-        print(f"  {rows[-1]}", flush=True)
-    return {"rows": rows}
+    return {"rows": [row, *rows]}
 
 
 def fields(out: Path) -> dict:
     """Noised fields of every artefact, by its own methods, against posterior MD at held-out frames."""
     case, _ = case_and_graph()
     generator = np.random.default_rng(SEED)
-    names = ["physical", "envelope", *(f"{kind}_{s}" for kind in ("residual", "alone") for s in SEEDS)]
-    artefacts = {name: load_artefact(out / f"{name}.diffforce") for name in names}
+    names = {"physical": ["physical"], "envelope": ["envelope"]}
+    names |= {kind: [f"{kind}_{seed}" for seed in SEEDS] for kind in ("residual", "alone")}
+    artefacts = {k: [load_artefact(out / f"{name}.diffforce") for name in v] for k, v in names.items()}
     rows = []
     for sigma in SIGMAS:
-        for end, system in enumerate((case.system_0, case.system_1)):
-            held_out = frames(out)[end][N_FRAMES:]
-            pick = generator.choice(len(held_out), N_Y, replace=False)
-            y = held_out[pick] + sigma * generator.standard_normal((N_Y, *held_out.shape[1:]))
-            truth = posterior_moments(
-                system,
-                y,
-                sigma,
-                operator=case.pair.operator_values,
-                temperature=TEMPERATURE,
-                n_samples=N_POSTERIOR,
-                seed=SEED + end,
-            )
-            noise = float((truth.operator_gradient_error**2).mean() / truth.operator_gradient.var())
-            draws = generator.integers(0, N_Y, (500, N_Y))
-            for name, artefact in artefacts.items():
-                t = artefact.schedule.t_of_sigma(sigma)
-                _, gradient, operator = model_fields(artefact.model, y, t=t, lam=float(end))
-                where = (torch.full((N_Y,), v, dtype=torch.float64) for v in (t, float(end)))
-                slope = operator_gradient(artefact.model, torch.as_tensor(y), *where).numpy()
-                row = {"sigma_nm": sigma, "end": end, "model": name, "reference_noise": noise}
-                for field, value in (
-                    ("score", -gradient),
-                    ("operator", operator),
-                    ("operator_gradient", slope),
-                ):
-                    want = getattr(truth, field)
-                    row[field] = r_squared(value, want)
-                    miss = ((value - want) ** 2).reshape(N_Y, -1).sum(axis=1)
-                    total = ((want - want.mean()) ** 2).reshape(N_Y, -1).sum(axis=1)
-                    row[f"{field}_se"] = float(np.std(1 - miss[draws].sum(1) / total[draws].sum(1)))
+        for end in (0, 1):
+            y, truth = posterior_reference(
+                case, end, frames(out)[end][N_FRAMES:], sigma, generator,
+                n_y=N_Y, n_samples=N_POSTERIOR, seed=SEED + end,
+            )  # fmt: skip
+            draws = generator.integers(0, N_Y, (N_BOOTSTRAP, N_Y))
+            for kind, each in artefacts.items():
+                got = [model_noised_fields(a.model, y, a.schedule.t_of_sigma(sigma), end) for a in each]
+                row = {"sigma_nm": sigma, "end": end, "model": kind}
+                row |= {"reference_noise": reference_noise(truth), **field_errors(got, truth, draws)}
                 rows.append(row)
                 print(f"  {row}", flush=True)
     return {"rows": rows}
@@ -226,11 +188,13 @@ def steps(out: Path) -> dict:
     """Microseconds per MD step on the learned operator, PythonForce, with and without noise."""
     case, _ = case_and_graph()
     found = {}
-    for name in ("physical", f"alone_{SEEDS[0]}", "envelope", f"residual_{SEEDS[0]}"):
+    files = {name: name for name in ("physical", "envelope")}
+    files |= {kind: f"{kind}_{SEEDS[0]}" for kind in ("residual", "alone")}
+    for name, file in files.items():
         for sigma in (0.0, 0.01):
             system = clone_system(case.system_0)
             force = DiffusionForce(
-                out / f"{name}.diffforce", topology=case.topology, mode="operator", backend="python"
+                out / f"{file}.diffforce", topology=case.topology, mode="operator", backend="python"
             )
             system.addForce(force)
             context = make_context(
@@ -252,8 +216,15 @@ def steps(out: Path) -> dict:
 PARTS = {"sample": sample_part, "alone": alone, "residual": residual, "fields": fields, "steps": steps}
 
 
-def table(found: dict[str, dict]) -> str:
-    """What is in hand, as markdown."""
+def over_seeds(rows: list[dict], key: str, digits: int) -> str:
+    """Mean and its standard error over the training seeds; one number where there is one seed."""
+    values = [r[key] for r in rows]
+    error = f" +- {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{error}"
+
+
+def table(found: dict[str, dict]) -> list[str]:
+    """What is in hand, as lines of markdown."""
     lines = [
         "# The network model, measured",
         "",
@@ -261,76 +232,55 @@ def table(found: dict[str, dict]) -> str:
         f"end, {INTERVAL} fs apart, sampled in the run with seed {SEED}; training seeds {SEEDS}.",
         "`python benchmarks/network.py --out runs/network` prints it. Settings were fixed beforehand on",
         "other frames (other seeds) of the same molecule.",
-        "",
     ]
-    head = "force R^2 | S_0 R^2 | O R^2 | grad O R^2 | CPU seconds |"
-
-    def cells(r: dict) -> str:
-        return (
-            f"{r['force_r2']:.4f} +- {r['force_r2_se']:.4f} | {r['action_r2']:.3f} | "
-            f"{r['operator_r2']:.5f} | {r['operator_gradient_r2']:.4f} | {r['cpu_seconds']:.0f} |"
-        )
-
-    rule = "|---|---|---|---|---|---|"
-    if "alone" in found:
-        lines += ["## Network alone, held out, t = 0 (target: force R^2 >= 0.9 in 300 CPU seconds)", ""]
-        lines += [f"| seed | {head}", rule]
-        lines += [f"| {r['seed']} | {cells(r)}" for r in found["alone"]["rows"]]
-    if "residual" in found:
-        lines += ["", "## Physical model and residual on it, held out, t = 0", "", f"| model | {head}", rule]
-        lines += [f"| {r['model']} | {cells(r)}" for r in found["residual"]["rows"]]
-        best = ", ".join(
-            f"{r['model']}: {r['best_step']} (held-out loss {r['losses'][0][1]:.5f} at step 0, "
+    groups: dict[str, list[dict]] = {}
+    for row in (r for part in ("residual", "alone") for r in found.get(part, {}).get("rows", [])):
+        groups.setdefault(row["model"], []).append(row)
+    if groups:
+        frame_error = max(r["force_r2_se"] for rows in groups.values() for r in rows)
+        lines += [
+            "",
+            "## Held out, t = 0",
+            "",
+            "physical: the closed-form fit. residual: a network on it, its base where there is no noise.",
+            "alone: a network without it (target: force R^2 >= 0.9 in 300 CPU seconds). Mean +- its",
+            "standard error over the training seeds; the held-out frames add at most",
+            f"{frame_error:.4f} to that of force R^2. CPU seconds are those of the training; a residual's",
+            "do not hold its base's.",
+            "",
+            "| model | force R^2 | S_0 R^2 | O R^2 | grad O R^2 | CPU seconds |",
+            "|---|---|---|---|---|---|",
+        ]
+        columns = {
+            "force_r2": 4, "action_r2": 3, "operator_r2": 5, "operator_gradient_r2": 4, "cpu_seconds": 0,
+        }  # fmt: skip
+        for name, rows in groups.items():
+            cells = " | ".join(over_seeds(rows, key, digits) for key, digits in columns.items())
+            lines.append(f"| {name} | {cells} |")
+    if "residual" in groups:
+        best = "; ".join(
+            f"seed {r['seed']}: {r['best_step']} ({r['losses'][0][1]:.5f} at step 0, "
             f"{min(v for _, v in r['losses']):.5f} at its best)"
-            for r in found["residual"]["rows"]
-            if "best_step" in r
+            for r in groups["residual"]
         )
-        lines += ["", f"Best step of the residual's training: {best}."]
+        lines += ["", f"Best step of the residual's training, and the held-out loss: {best}."]
     if "fields" in found:
         lines += [
             "",
             f"## Noised fields at y, by the artefact's own methods, against posterior MD ({N_Y} frames)",
             "",
             "physical: its noised tables. envelope: the physical model's clean action, noised by its",
-            "posterior's mode; what a residual starts from. +-: bootstrap over frames.",
+            "posterior's mode; what a residual starts from. residual, alone: mean over the training seeds.",
+            "+-: bootstrap over frames, and the standard error over seeds, added in squares.",
             "",
-            "| sigma [nm] | end | model | score R^2 | O R^2 | grad O R^2 | noise of the reference's grad O |",
-            "|---|---|---|---|---|---|---|",
+            *field_rows(found["fields"]["rows"], "model"),
         ]
-        for r in found["fields"]["rows"]:
-            values = " | ".join(
-                f"{r[name]:.3f} +- {r[name + '_se']:.3f}"
-                for name in ("score", "operator", "operator_gradient")
-            )
-            lines.append(
-                f"| {r['sigma_nm']} | {r['end']} | {r['model']} | {values} | {r['reference_noise']:.3f} |"
-            )
     if "steps" in found:
         lines += ["", "## An MD step with the learned operator (PythonForce, Reference platform)", ""]
         lines += ["| | us |", "|---|---|"]
         lines += [f"| {name} | {us:.0f} |" for name, us in found["steps"].items()]
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items() if v), ""]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/network"))
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
-    parser.add_argument("--table", type=Path, default=Path(__file__).parent / "results" / "network.md")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.only.split(","):
-        path = options.out / f"{name}.json"
-        if not path.exists():
-            print(f"{name} ...", flush=True)
-            write_json(path, PARTS[name](options.out))
-    found = {n: json.loads(p.read_text()) for n in PARTS if (p := options.out / f"{n}.json").exists()}
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(table(found))
-    print(table(found))
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run_parts("network", __doc__, PARTS, table)

@@ -7,24 +7,29 @@ Every part writes ``<out>/<part>.json`` and is skipped if that exists; the table
 stand here and in ``openmm_diffforce.demo``; nothing is tuned on the results.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 import openmm
-import torch
+from parts import (
+    N_BOOTSTRAP,
+    field_errors,
+    field_rows,
+    model_noised_fields,
+    posterior_reference,
+    reference_noise,
+    run_parts,
+)
 
-from openmm_diffforce import analysis, demo, project
+from openmm_diffforce import analysis, demo
 from openmm_diffforce.alanine import TEMPERATURE, alanine_case
 from openmm_diffforce.artefact import load_artefact
 from openmm_diffforce.config import DemoSettings
 from openmm_diffforce.force import DiffusionForce, available_backends
-from openmm_diffforce.models import operator_gradient
 from openmm_diffforce.models.physics import base_tables, outside_fraction
-from openmm_diffforce.posterior import posterior_mode, posterior_moments
-from openmm_diffforce.record import versions, write_json
+from openmm_diffforce.posterior import posterior_mode
 from openmm_diffforce.systems import clone_system, forces, make_context, sample, start_context
 from openmm_diffforce.testing import assert_forces_match_energy, assert_parameter_derivative
 
@@ -114,42 +119,20 @@ def fields(out: Path) -> dict:
     rows = []
     for sigma in SIGMAS:
         t = artefact.schedule.t_of_sigma(sigma)
-        for end, system in enumerate((case.system_0, case.system_1)):
+        for end in (0, 1):
             with np.load(out / "demo" / f"end_{end}.npz") as kept:
                 held_out = kept["x"][SETTINGS.n_frames :]
-            pick = generator.choice(len(held_out), N_Y, replace=False)
-            y = held_out[pick] + sigma * generator.standard_normal((N_Y, *held_out.shape[1:]))
-            truth = posterior_moments(
-                system,
-                y,
-                sigma,
-                operator=case.pair.operator_values,
-                temperature=TEMPERATURE,
-                n_samples=N_POSTERIOR,
-                seed=SEED + end,
+            y, truth = posterior_reference(
+                case, end, held_out, sigma, generator, n_y=N_Y, n_samples=N_POSTERIOR, seed=SEED + end
             )
             mode = posterior_mode(artefact.model, y, sigma, lam=float(end))
-            _, gradient, operator = demo.model_fields(artefact.model, y, t=t, lam=float(end))
-            tensors = (
-                torch.as_tensor(y),
-                torch.full((N_Y,), t, dtype=torch.float64),
-                torch.full((N_Y,), float(end), dtype=torch.float64),
-            )
-            slope = operator_gradient(artefact.model, *tensors).numpy()
-            noise = float((truth.operator_gradient_error**2).mean() / truth.operator_gradient.var())
-            draws = generator.integers(0, N_Y, (500, N_Y))
+            draws = generator.integers(0, N_Y, (N_BOOTSTRAP, N_Y))
             for method, got in (
                 ("posterior mode", (mode.score, mode.operator, mode.operator_gradient)),
-                ("tables at y", (-gradient, operator, slope)),
+                ("tables at y", model_noised_fields(artefact.model, y, t, end)),
             ):
-                row = {"sigma_nm": sigma, "end": end, "method": method, "reference_noise": noise}
-                for name, value in zip(("score", "operator", "operator_gradient"), got, strict=True):
-                    want = getattr(truth, name)
-                    row[name] = project.r_squared(value, want)
-                    miss = ((value - want) ** 2).reshape(N_Y, -1).sum(axis=1)
-                    total = ((want - want.mean()) ** 2).reshape(N_Y, -1).sum(axis=1)
-                    resampled = 1 - miss[draws].sum(axis=1) / total[draws].sum(axis=1)
-                    row[f"{name}_se"] = float(np.std(resampled))
+                row = {"sigma_nm": sigma, "end": end, "method": method}
+                row |= {"reference_noise": reference_noise(truth), **field_errors([got], truth, draws)}
                 rows.append(row)
                 print(f"  {row}", flush=True)
     return {"rows": rows}
@@ -245,8 +228,8 @@ def steps(out: Path) -> dict:
 PARTS = {f.__name__: f for f in (windows, base, fields, derivatives, steps)}
 
 
-def table(found: dict[str, dict]) -> str:
-    """What is in hand, as markdown."""
+def table(found: dict[str, dict]) -> list[str]:
+    """What is in hand, as lines of markdown."""
     lines = [
         "# The spine, measured",
         "",
@@ -316,17 +299,8 @@ def table(found: dict[str, dict]) -> str:
             "artefact's noised action, what `DiffusionForce` evaluates at noise > 0; a sum of functions of",
             "noised distances cannot undo the noise along stiff bonds.",
             "",
-            "| sigma [nm] | end | method | score | O | grad O | noise of the reference's grad O |",
-            "|---|---|---|---|---|---|---|",
+            *field_rows(found["fields"]["rows"], "method"),
         ]
-        for r in found["fields"]["rows"]:
-            cells = " | ".join(
-                f"{r[name]:.3f} +- {r[name + '_se']:.3f}"
-                for name in ("score", "operator", "operator_gradient")
-            )
-            lines.append(
-                f"| {r['sigma_nm']} | {r['end']} | {r['method']} | {cells} | {r['reference_noise']:.3f} |"
-            )
     if "derivatives" in found:
         lines += [
             "",
@@ -350,28 +324,8 @@ def table(found: dict[str, dict]) -> str:
         ]
         for name, r in found["steps"].items():
             lines.append(f"| {name} | {r['us_per_step']:.0f} | {r['ratio']:.2f} |")
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items() if v), ""]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/spine"))
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
-    parser.add_argument("--table", type=Path, default=Path(__file__).parent / "results" / "spine.md")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.only.split(","):
-        path = options.out / f"{name}.json"
-        if not path.exists():
-            print(f"{name} ...", flush=True)
-            write_json(path, PARTS[name](options.out))
-    found = {n: json.loads(p.read_text()) for n in PARTS if (p := options.out / f"{n}.json").exists()}
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(table(found))
-    print(table(found))
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run_parts("spine", __doc__, PARTS, table)

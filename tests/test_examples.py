@@ -1,5 +1,6 @@
 """The examples run, in small form, one on the output of the other."""
 
+import math
 import os
 import re
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import openmm_diffforce
-from openmm_diffforce.config import WindowsSettings, load_settings
+from openmm_diffforce.config import StatesSettings, WindowsSettings, load_settings, window_arguments
+from openmm_diffforce.exchange import ExchangeRun
+from openmm_diffforce.project import run_sampler
 
 PACKAGE_HOME = str(Path(openmm_diffforce.__file__).resolve().parents[1])
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -60,6 +63,50 @@ def test_a_model_of_your_own(tmp_path: Path) -> None:
     assert "fail" not in out
     error = float(out.split("finite differences of the energy to ")[1].split()[0])
     assert error < 1e-6
+
+
+@pytest.mark.slow
+def test_replica_exchange_and_its_yaml_are_one_run(tmp_path: Path) -> None:
+    small = ("--windows", "6", "--iterations", "30", "--steps", "50", "--equil", "500", "--min-samples", "1")
+    out = run(tmp_path, "06_replica_exchange.py", *small)
+    assert "180 frames in example_06" in out
+    estimate, error = (float(v) for v in out.split("MBAR ")[1].split(" kT")[0].split(" +- "))
+    # benchmarks/results/cases.md has 16.8 from longer runs.
+    assert abs(estimate - 16.8) < 4 * math.hypot(error, 0.25)
+    table = re.findall(r"^\d\.\d{4} - \d\.\d{4} +(\S+) +(\S+)$", out, re.MULTILINE)
+    assert len(table) == 5
+    assert all(0 < float(v) <= 1 for row in table for v in row)
+    assert "round trips of each replica: [" in out
+
+    # The same lengths in the file: it finds the run finished. Another setting would be refused.
+    text = (EXAMPLES / "exchange.yaml").read_text()
+    for long, short in (
+        ("n: 8", "n: 6"),
+        ("n_frames: 300 ", "n_frames: 30 "),
+        ("interval: 250 ", "interval: 50 "),
+        ("n_equil: 5000", "n_equil: 500"),
+        ("../example_06", "example_06"),
+    ):
+        assert text.count(long) == 1
+        text = text.replace(long, short)
+    (tmp_path / "exchange.yaml").write_text(text)
+    settings = load_settings(tmp_path / "exchange.yaml", WindowsSettings)
+    again = run_sampler(settings, **window_arguments(settings), progress=False)
+    assert isinstance(again, ExchangeRun)
+    assert again.out_dir.resolve() == (tmp_path / "example_06").resolve()
+    assert f"{again.swaps.round_trips.tolist()}" in out
+
+
+def test_the_exchange_file_has_the_defaults_of_the_page() -> None:
+    settings = load_settings(EXAMPLES / "exchange.yaml", WindowsSettings)
+    assert isinstance(settings.states, StatesSettings)
+    assert settings.sampler == "exchange"
+    page = (EXAMPLES / "06_replica_exchange.py").read_text()
+    defaults = {k: int(v) for k, v in re.findall(r'"--(\w+)", type=int, default=(\d+)', page)}
+    assert defaults == {
+        "windows": settings.states.n, "iterations": settings.n_frames, "steps": settings.interval,
+        "equil": settings.n_equil,
+    }  # fmt: skip
 
 
 @pytest.mark.slow
