@@ -41,6 +41,9 @@ operator that piles up at a bound, as r^-12 does at 0, is smooth in the logarith
 ROUGHNESS = tuple(10.0 ** np.arange(-2.0, 6.0))
 """Prior precisions mu of the third differences that are averaged over."""
 
+NEGLIGIBLE = 20.0
+"""Fall of the log evidence, from stiff to rough, after which rougher curves are not tried."""
+
 WEAK = 1e-6
 """Prior precision of every coefficient: makes the posterior proper, too weak to be seen."""
 
@@ -364,9 +367,16 @@ def fit_operator_density(
         z = model.z[0]
         parabola = -0.5 * ((model.nodes - z.mean()) / z.std()) ** 2 if np.ptp(z) > 0 else 0 * model.nodes
         c = np.linalg.lstsq(model.basis, parabola, rcond=None)[0]
+        best = -math.inf
         for mu in ROUGHNESS[::-1]:
             prior = mu * rough + WEAK * np.eye(N_COEFS)
             c, value, hessian = _maximise(model, lam, n, prior, c)
+            tilt = float(n @ ((lam - model.wide) * [o.mean() for o in found]))
+            evidence = value + model.log_jacobian - tilt
+            evidence += 0.5 * np.linalg.slogdet(prior)[1] - 0.5 * np.linalg.slogdet(hessian)[1]
+            best = max(best, evidence)
+            if evidence < best - NEGLIGIBLE:
+                break  # rougher curves only lose more
             log_z_0, p_0 = model.log_z(c, 0.0)
             f, slope, mean = [], [], []
             for one in grid:
@@ -375,9 +385,6 @@ def fit_operator_density(
                 slope.append((p_0 - p) @ model.basis)
                 mean.append(p @ model.operator)
             variance = np.einsum("lc,cl->l", slope, np.linalg.solve(hessian, np.transpose(slope)))
-            tilt = float(n @ ((lam - model.wide) * [o.mean() for o in found]))
-            evidence = value + model.log_jacobian - tilt
-            evidence += 0.5 * np.linalg.slogdet(prior)[1] - 0.5 * np.linalg.slogdet(hessian)[1]
             chi2 = [_chi2(model, c, a, b, d) for a, b, d in zip(lam, model.z, g, strict=True)]
             rows.append((evidence, f, np.maximum(variance, 0.0), mean, chi2, coordinate, mu))
     weight = np.exp(np.array([r[0] for r in rows]) - max(r[0] for r in rows))
@@ -386,7 +393,7 @@ def fit_operator_density(
     f_lam = weight @ f_all
     between = weight @ (f_all - f_lam) ** 2
     d_f_lam = np.sqrt(weight @ var_all + between)
-    best = rows[int(weight.argmax())]
+    first = rows[int(weight.argmax())]
     return OperatorDensity(
         delta_f=float(f_lam[-1]),
         d_delta_f=float(d_f_lam[-1]),
@@ -398,6 +405,6 @@ def fit_operator_density(
         chi2=weight @ chi2_all,
         n_frames=tuple(len(v) for v in found),
         inefficiency=g,
-        coordinate=str(best[5]),
-        roughness=float(best[6]),
+        coordinate=str(first[5]),
+        roughness=float(first[6]),
     )
