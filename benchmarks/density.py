@@ -191,12 +191,13 @@ def table(found: dict[str, Any]) -> list[str]:
             continue
         part = found[name]
         value, error = part["reference"]
+        between = " and ".join(f"{b:.3g}" for b in part["between"])
         lines += [
             f"## Alanine {name}: {len(part['sets'])} independent runs", "",
             f"Reference: MBAR over {part['n_windows']} windows of {N_WINDOW} frames, "
             f"{value:.2f} +- {error:.2f}; the density of all of them "
             f"{part['all'][0]:.2f} +- {part['all'][1]:.2f}. Frames {INTERVAL / 1000:g} ps "
-            f"apart; the two windows between are at lambda {' and '.join(f'{b:.3g}' for b in part['between'])}.",
+            f"apart; the two windows between are at lambda {between}.",
             "",
         ]  # fmt: skip
         lines += head + [row(m, [s[m] for s in part["sets"]], value) for m in part["sets"][0]] + [""]
