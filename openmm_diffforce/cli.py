@@ -645,17 +645,20 @@ def density(
     as_json: AsJson = False,
 ) -> None:
     """Free-energy difference from the density of the operator; states need not overlap."""
+    from .audit import audit_density
     from .constants import U_NK_FILE
-    from .density import MAX_CHI2, fit_operator_density
+    from .density import fit_operator_density
     from .estimate import Estimate, read_table, state_operators
     from .report import with_error
 
     states = state_operators(read_table(run / U_NK_FILE))
     chosen = (0, len(states.lams) - 1) if ends else range(len(states.lams))
     lams = [float(states.lams[k]) for k in chosen]
-    found = fit_operator_density([states.operators[k] for k in chosen], lams)
+    operators = [states.operators[k] for k in chosen]
+    found = fit_operator_density(operators, lams)
+    audit = audit_density(found, operators, lams)
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(), "lams": lams}, indent=1))
+        typer.echo(json.dumps({**found.to_dict(), "lams": lams, **audit.to_dict()}, indent=1))
         return
     value = Estimate("density", found.delta_f, found.d_delta_f, states.temperature)
     console = _console()
@@ -676,12 +679,20 @@ def density(
             f"{states.operators[k].mean():.3g}", f"{found.chi2[i]:.2f}",
         )  # fmt: skip
     console.print(rows)
-    if found.chi2.max() > MAX_CHI2:
-        console.print(
-            f"chi2 above {MAX_CHI2:g}: the states are not tilts of one density. Is every window in "
-            "equilibrium?",
-            style=STYLES["WARN"],
-        )
+    console.print(_gate_table(audit))
+    for gate in audit.gates:
+        if gate.advice:
+            console.print(f"{gate.status} {gate.name}: {gate.advice}", style=STYLES[gate.status])
+
+
+def _gate_table(audit: Any) -> Table:
+    table = Table(title=f"Audit: {audit.verdict}", title_justify="left")
+    for name in ("gate", "found", "expected", "status"):
+        table.add_column(name, justify="left" if name == "gate" else "right")
+    for gate in audit.gates:
+        status = Text(gate.status, style=STYLES[gate.status])
+        table.add_row(Text(gate.name), f"{gate.value:.3g}", Text(gate.threshold), status)
+    return table
 
 
 # -------------------------------------------------------------------------------------- report

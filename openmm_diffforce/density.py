@@ -50,9 +50,6 @@ WEAK = 1e-6
 N_BINS = 20
 """Bins of equal probability in the test of the fit."""
 
-MAX_CHI2 = 2.0
-"""Chi^2 per degree of freedom above which the states are not tilts of one density."""
-
 MIN_FRAMES = 20
 """Independent frames per state below which a density means nothing."""
 
@@ -68,11 +65,14 @@ class OperatorDensity:
     d_models : float
         Part of ``d_delta_f`` that comes from the choice of coordinate and roughness [kT].
     lam : numpy.ndarray, shape (n_lam,)
-        Grid from 0 to 1.
+        From 0 to 1, fine at the end where O is wide.
     f_lam, d_f_lam : numpy.ndarray, shape (n_lam,)
         f(lambda) - f(0) and its standard deviation [kT].
-    o_lam : numpy.ndarray, shape (n_lam,)
-        <O>_lambda = df/dlambda [kT].
+    o_lam, d_o_lam : numpy.ndarray, shape (n_lam,)
+        <O>_lambda = df/dlambda and its standard deviation [kT].
+    next_lam : float
+        Where a window would tell most: the largest |lambda - w| ``d_o_lam``, an error of f per octave
+        of the distance from the widest state w.
     chi2 : numpy.ndarray, shape (n_states,)
         Per degree of freedom, of the frames of every state in bins of equal probability; 1 is
         expected, more says that the states are not tilts of one density (bad sampling, wrong O).
@@ -93,6 +93,8 @@ class OperatorDensity:
     f_lam: FloatArray
     d_f_lam: FloatArray
     o_lam: FloatArray
+    d_o_lam: FloatArray
+    next_lam: float
     chi2: FloatArray
     n_frames: tuple[int, ...]
     inefficiency: tuple[float, ...]
@@ -197,7 +199,7 @@ class _Model:
         return float(top + np.log(w.sum())), w / w.sum()
 
 
-def _model(found: list[FloatArray], lam: FloatArray, n: FloatArray, coordinate: _Coordinate) -> _Model:
+def _model(found: list[FloatArray], wide: float, n: FloatArray, coordinate: _Coordinate) -> _Model:
     z = [coordinate.z(o) for o in found]
     low, high = min(v.min() for v in z), max(v.max() for v in z)
     low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
@@ -216,7 +218,7 @@ def _model(found: list[FloatArray], lam: FloatArray, n: FloatArray, coordinate: 
         means=np.stack([np.asarray(design(v).mean(axis=0)).ravel() for v in z]),
         z=z,
         nodes=nodes,
-        wide=float(lam[int(np.argmax([o.std() for o in found]))]),
+        wide=wide,
         log_jacobian=float(n @ jacobian),
     )
 
@@ -352,18 +354,21 @@ def fit_operator_density(
     n = np.array([len(o) / one for o, one in zip(found, g, strict=True)])
     everything = np.concatenate(found)
     spread = float(np.ptp(everything))
-    grid = np.linspace(0.0, 1.0, n_lam)
+    wide = float(lam[int(np.argmax([o.std() for o in found]))])
+    grid = np.linspace(0.0, 1.0, n_lam) ** 3  # fine where O changes fast: at the wide end
+    if wide > 0.5:
+        grid = 1.0 - grid[::-1]
     if spread <= 1e-10 * max(1.0, float(np.abs(everything).max())):
         o = float(everything.mean())
         return OperatorDensity(
-            o, 0.0, 0.0, grid, grid * o, np.zeros(n_lam), np.full(n_lam, o), np.ones(len(lam)),
-            tuple(len(v) for v in found), g, "O", ROUGHNESS[-1],
+            o, 0.0, 0.0, grid, grid * o, np.zeros(n_lam), np.full(n_lam, o), np.zeros(n_lam),
+            0.5, np.ones(len(lam)), tuple(len(v) for v in found), g, "O", ROUGHNESS[-1],
         )  # fmt: skip
     third = np.diff(np.eye(N_COEFS), 3, axis=0)
     rough = third.T @ third
     rows = []
     for coordinate in _coordinates(found):
-        model = _model(found, lam, n, coordinate)
+        model = _model(found, wide, n, coordinate)
         z = model.z[0]
         parabola = -0.5 * ((model.nodes - z.mean()) / z.std()) ** 2 if np.ptp(z) > 0 else 0 * model.nodes
         c = np.linalg.lstsq(model.basis, parabola, rcond=None)[0]
@@ -371,27 +376,33 @@ def fit_operator_density(
         for mu in ROUGHNESS[::-1]:
             prior = mu * rough + WEAK * np.eye(N_COEFS)
             c, value, hessian = _maximise(model, lam, n, prior, c)
-            tilt = float(n @ ((lam - model.wide) * [o.mean() for o in found]))
+            tilt = float(n @ ((lam - wide) * [o.mean() for o in found]))
             evidence = value + model.log_jacobian - tilt
             evidence += 0.5 * np.linalg.slogdet(prior)[1] - 0.5 * np.linalg.slogdet(hessian)[1]
             best = max(best, evidence)
             if evidence < best - NEGLIGIBLE:
                 break  # rougher curves only lose more
             log_z_0, p_0 = model.log_z(c, 0.0)
-            f, slope, mean = [], [], []
+            f, slope, mean, mean_slope = [], [], [], []
             for one in grid:
                 log_z, p = model.log_z(c, one)
                 f.append(log_z_0 - log_z)
                 slope.append((p_0 - p) @ model.basis)
                 mean.append(p @ model.operator)
-            variance = np.einsum("lc,cl->l", slope, np.linalg.solve(hessian, np.transpose(slope)))
+                mean_slope.append((p * (model.operator - mean[-1])) @ model.basis)
+            variance, mean_variance = (
+                np.einsum("lc,cl->l", g_, np.linalg.solve(hessian, np.transpose(g_))).clip(min=0.0)
+                for g_ in (slope, mean_slope)
+            )
             chi2 = [_chi2(model, c, a, b, d) for a, b, d in zip(lam, model.z, g, strict=True)]
-            rows.append((evidence, f, np.maximum(variance, 0.0), mean, chi2, coordinate, mu))
+            rows.append((evidence, f, variance, mean, mean_variance, chi2, coordinate, mu))
     weight = np.exp(np.array([r[0] for r in rows]) - max(r[0] for r in rows))
     weight /= weight.sum()
-    f_all, var_all, o_all, chi2_all = (np.array([r[i] for r in rows]) for i in (1, 2, 3, 4))
+    f_all, var_all, o_all, var_o_all, chi2_all = (np.array([r[i] for r in rows]) for i in range(1, 6))
     f_lam = weight @ f_all
     between = weight @ (f_all - f_lam) ** 2
+    o_lam = weight @ o_all
+    d_o_lam = np.sqrt(weight @ (var_o_all + (o_all - o_lam) ** 2))
     d_f_lam = np.sqrt(weight @ var_all + between)
     first = rows[int(weight.argmax())]
     return OperatorDensity(
@@ -401,10 +412,12 @@ def fit_operator_density(
         lam=grid,
         f_lam=f_lam,
         d_f_lam=d_f_lam,
-        o_lam=weight @ o_all,
+        o_lam=o_lam,
+        d_o_lam=d_o_lam,
+        next_lam=float(grid[int((np.abs(grid - wide) * d_o_lam).argmax())]),
         chi2=weight @ chi2_all,
         n_frames=tuple(len(v) for v in found),
         inefficiency=g,
-        coordinate=str(first[5]),
-        roughness=float(first[6]),
+        coordinate=str(first[6]),
+        roughness=float(first[7]),
     )

@@ -241,10 +241,19 @@ def test_density(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert max(len(line) for line in result.output.splitlines()) <= 80
     assert "density of the operator" in result.output
-    assert "chi2 above" not in result.output
+    assert "Audit: PASS" in result.output
+    assert "first half against second half" in result.output
     found = json.loads(invoke("density", run, "--ends", "--json").stdout)
     assert found["lams"] == [0.0, 1.0]
+    assert found["verdict"] == "PASS"
     assert abs(found["delta_f"]) < 4 * found["d_delta_f"]  # shifted harmonic wells: Delta f = 0
+
+
+def test_density_says_what_is_wrong(tmp_path: Path) -> None:
+    result = invoke("density", a_run(tmp_path / "run", distance=30.0), "--ends")
+    assert result.exit_code == 0, result.output
+    assert "Audit: FAIL" in result.output
+    assert "add a window" in " ".join(result.output.split())
 
 
 def test_estimate_without_a_run(tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""Gates: whether to believe a free energy. A number, a threshold, a status, one sentence of advice.
+
+All thresholds are in :data:`GATES`. A FAIL of any gate is a FAIL of the number.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .density import OperatorDensity, fit_operator_density
+from .errors import InputError
+from .estimate import MIN_OVERLAP, bar_between
+
+Status = Literal["PASS", "WARN", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """PASS up to ``good``, FAIL beyond ``bad``, WARN between; where larger is better the other way round."""
+
+    good: float
+    bad: float
+    advice: str
+    larger_is_better: bool = False
+
+
+GATES: dict[str, Threshold] = {
+    "stated error [kT]": Threshold(
+        0.5, 1.0, "the states are too far apart for what was sampled: sample longer, or add a window"
+    ),
+    "spread over coordinates [kT]": Threshold(
+        0.25, 0.5, "the gap between the states is bridged by an assumption: add a window"
+    ),
+    "independent frames per state": Threshold(
+        100.0, 20.0, "the least sampled state decides: sample it longer", larger_is_better=True
+    ),
+    "chi2 of the states": Threshold(
+        1.8, 2.5, "the states are not tilts of one density: look for windows that are not in equilibrium"
+    ),
+    "first half against second half [SE]": Threshold(
+        2.0, 4.0, "the halves of the runs disagree: something relaxes; equilibrate and sample longer"
+    ),
+    "density against BAR [SE]": Threshold(
+        2.0, 4.0, "where states overlap BAR needs no assumption: use BAR, and look at the histograms of O"
+    ),
+}
+"""Gates of Delta f from the density of the operator."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate, judged.
+
+    Attributes
+    ----------
+    name : str
+        A key of :data:`GATES`.
+    value : float
+    threshold : str
+    status : str
+        PASS, WARN or FAIL.
+    advice : str
+        Empty for a PASS.
+    """
+
+    name: str
+    value: float
+    threshold: str
+    status: Status
+    advice: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Gates and their verdict."""
+
+    gates: tuple[Gate, ...]
+
+    @property
+    def verdict(self) -> Status:
+        """The worst status of all gates."""
+        found = {g.status for g in self.gates}
+        return "FAIL" if "FAIL" in found else "WARN" if "WARN" in found else "PASS"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; the gates as the report takes its checks."""
+        return {"verdict": self.verdict, "checks": [asdict(g) for g in self.gates]}
+
+
+def judge(name: str, value: float, *, more_advice: str = "") -> Gate:
+    """Hold a number to its gate.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`GATES`.
+    value : float
+        A number that is not finite fails.
+    more_advice : str
+        Added to the gate's own.
+
+    Raises
+    ------
+    InputError
+        If there is no such gate.
+
+    Examples
+    --------
+    >>> judge("stated error [kT]", 0.7).status
+    'WARN'
+    """
+    if name not in GATES:
+        raise InputError(f"gate: expected one of {', '.join(GATES)}; found {name!r}.")
+    gate = GATES[name]
+    sign = -1.0 if gate.larger_is_better else 1.0
+    status: Status = "FAIL"
+    if math.isfinite(value):
+        if sign * value <= sign * gate.good:
+            status = "PASS"
+        elif sign * value <= sign * gate.bad:
+            status = "WARN"
+    relation = ">=" if gate.larger_is_better else "<="
+    advice = "" if status == "PASS" else gate.advice + more_advice
+    return Gate(name, float(value), f"{relation} {gate.good:g}", status, advice)
+
+
+def audit_density(
+    found: OperatorDensity, operators: Sequence[Any], lams: Sequence[float] = (0.0, 1.0)
+) -> Audit:
+    """Judge a :func:`fit_operator_density` by the frames that it came from.
+
+    Parameters
+    ----------
+    found : OperatorDensity
+    operators, lams
+        As given to :func:`fit_operator_density`.
+
+    Returns
+    -------
+    Audit
+        BAR is asked only where all neighbouring states overlap; the halves only where each has
+        frames enough for a fit of its own.
+
+    Notes
+    -----
+    Smoothness in the gap cannot be tested from the frames; the gates see what depends on it (the
+    stated error and the spread over coordinates), not whether it is true. Deterministic.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> o = [rng.normal(2.0, 2.0, 500), rng.normal(-2.0, 2.0, 500)]
+    >>> audit_density(fit_operator_density(o), o).verdict
+    'PASS'
+    """
+    series = [np.asarray(o, dtype=np.float64) for o in operators]
+    place = f" (one at lambda {found.next_lam:.2g} tells most)"
+    gates = [
+        judge("stated error [kT]", found.d_delta_f, more_advice=place),
+        judge("spread over coordinates [kT]", found.d_models, more_advice=place),
+        judge(
+            "independent frames per state",
+            min(n / g for n, g in zip(found.n_frames, found.inefficiency, strict=True)),
+        ),
+        judge("chi2 of the states", float(found.chi2.max())),
+    ]
+    try:
+        first, second = (
+            fit_operator_density(
+                [o[half * len(o) // 2 : (half + 1) * len(o) // 2] for o in series],
+                lams, inefficiency=found.inefficiency, n_lam=3,
+            )
+            for half in (0, 1)
+        )  # fmt: skip
+    except InputError:
+        pass  # too few frames to halve: the gate on frames says so
+    else:
+        error = math.hypot(first.d_delta_f, second.d_delta_f)
+        gap = abs(first.delta_f - second.delta_f)
+        gates.append(judge("first half against second half [SE]", gap / error if error > 0 else 0.0))
+    bars = []
+    for k in range(len(series) - 1):
+        step = lams[k + 1] - lams[k]
+        bars.append(bar_between(step * series[k], -step * series[k + 1], min_overlap=0))
+    if min(b.overlap for b in bars) >= MIN_OVERLAP:
+        covered = np.interp([lams[0], lams[-1]], found.lam, found.f_lam)
+        miss = abs(float(covered[1] - covered[0]) - sum(b.delta_f for b in bars))
+        error = math.sqrt(sum(b.d_delta_f**2 for b in bars))
+        gates.append(judge("density against BAR [SE]", miss / error if error > 0 else 0.0))
+    return Audit(tuple(gates))
