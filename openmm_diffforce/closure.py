@@ -43,6 +43,9 @@ its boundary: rounding of O_0 - O_1 must not make a Gaussian infeasible."""
 VARIANCE_FLOOR = 1e-14
 """Smallest variance after a projection, relative to the largest of V_0, V_1 and |D|."""
 
+NOTHING = 1e-200
+"""Moments smaller than this count as 0: products of them would underflow [kT, kT^2]."""
+
 MIN_BLOCKS = 5
 """Blocks per end below which a bootstrap error means nothing."""
 
@@ -314,7 +317,7 @@ def project_feasible(moments: Any, covariance: Any = None) -> FeasibleMoments:
     if (x[..., 1:] < 0.0).any():
         raise InputError(f"moments: expected variances >= 0, found {x[..., 1:].min():g}.")
     shape = x.shape[:-1]
-    x = x.reshape(-1, 3)
+    x = np.where(np.abs(x) < NOTHING, 0.0, x).reshape(-1, 3)
     # In units of the largest moment, so that squares neither overflow nor underflow.
     size = np.abs(x).max(axis=1)
     unit = np.where(size > 0.0, size, 1.0)[:, None]

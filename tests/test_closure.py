@@ -6,7 +6,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -237,6 +237,10 @@ def test_the_bracket_holds(o_1: float, v_0: float, v_1: float, place: float) -> 
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(o_0=finite, o_1=finite, v_0=st.floats(0.0, 1e6), v_1=st.floats(0.0, 1e6))
+@example(o_0=0.0, o_1=0.0, v_0=5e-324, v_1=5e-324)
+@example(o_0=1.0, o_1=1.0, v_0=5e-324, v_1=1e-310)
+@example(o_0=1.0, o_1=0.0, v_0=1e-308, v_1=1.0)
+@example(o_0=1e-300, o_1=0.0, v_0=1e-199, v_1=1e-190)
 def test_nothing_is_nan_and_nothing_is_silent(o_0: float, o_1: float, v_0: float, v_1: float) -> None:
     found = c.tweedie_closure(o_0, o_1, v_0, v_1)
     assert np.isfinite(found.delta)
