@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .alchemy import lambda_states as lambda_states
     from .artefact import export_artefact as export_artefact
     from .artefact import load_artefact as load_artefact
+    from .bridge import noisy_operator_bridge as noisy_operator_bridge
     from .density import fit_operator_density as fit_operator_density
     from .errors import DiffForceError as DiffForceError
     from .exchange import run_expanded_ensemble as run_expanded_ensemble
@@ -67,6 +68,7 @@ _HOME = {
     "load_artefact": "artefact",
     "mix": "force",
     "model_fields": "models.action",
+    "noisy_operator_bridge": "bridge",
     "run_expanded_ensemble": "exchange",
     "run_replica_exchange": "exchange",
     "run_windows": "windows",

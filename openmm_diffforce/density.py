@@ -84,6 +84,8 @@ class OperatorDensity:
         z(O) of the most probable model.
     roughness : float
         Its mu.
+    coordinate_weights : dict
+        Probability of every z(O), summed over roughnesses.
     """
 
     delta_f: float
@@ -100,6 +102,7 @@ class OperatorDensity:
     inefficiency: tuple[float, ...]
     coordinate: str
     roughness: float
+    coordinate_weights: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -143,8 +146,8 @@ def _states(
 
 
 @dataclass(frozen=True)
-class _Coordinate:
-    """z(O), increasing: arsinh((O - pole)/scale) for side 0, else side ln(side (O - pole)/scale)."""
+class OperatorCoordinate:
+    """An increasing z(O): arsinh((O - pole)/scale) for side 0, else side ln(side (O - pole)/scale)."""
 
     side: int
     pole: float
@@ -168,12 +171,13 @@ class _Coordinate:
         return {0: f"arsinh({u})", 1: f"ln({u})", -1: f"-ln(-{u})"}[self.side]
 
 
-def _coordinates(found: list[FloatArray]) -> list[_Coordinate]:
+def coordinates_of(found: list[FloatArray]) -> list[OperatorCoordinate]:
+    """The coordinates that are tried for frames of these states."""
     narrow = min(found, key=np.std)
     low, high = min(o.min() for o in found), max(o.max() for o in found)
     width = max(float(narrow.std()), 1e-6 * (high - low))
-    return [_Coordinate(0, float(np.median(narrow)), s * width) for s in STRETCHES] + [
-        _Coordinate(side, edge - side * e * width, width)
+    return [OperatorCoordinate(0, float(np.median(narrow)), s * width) for s in STRETCHES] + [
+        OperatorCoordinate(side, edge - side * e * width, width)
         for side, edge in ((1, float(low)), (-1, float(high)))
         for e in EDGES
     ]
@@ -199,7 +203,7 @@ class _Model:
         return float(top + np.log(w.sum())), w / w.sum()
 
 
-def _model(found: list[FloatArray], wide: float, n: FloatArray, coordinate: _Coordinate) -> _Model:
+def _model(found: list[FloatArray], wide: float, n: FloatArray, coordinate: OperatorCoordinate) -> _Model:
     z = [coordinate.z(o) for o in found]
     low, high = min(v.min() for v in z), max(v.max() for v in z)
     low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
@@ -362,12 +366,12 @@ def fit_operator_density(
         o = float(everything.mean())
         return OperatorDensity(
             o, 0.0, 0.0, grid, grid * o, np.zeros(n_lam), np.full(n_lam, o), np.zeros(n_lam),
-            0.5, np.ones(len(lam)), tuple(len(v) for v in found), g, "O", ROUGHNESS[-1],
+            0.5, np.ones(len(lam)), tuple(len(v) for v in found), g, "O", ROUGHNESS[-1], {"O": 1.0},
         )  # fmt: skip
     third = np.diff(np.eye(N_COEFS), 3, axis=0)
     rough = third.T @ third
     rows = []
-    for coordinate in _coordinates(found):
+    for coordinate in coordinates_of(found):
         model = _model(found, wide, n, coordinate)
         z = model.z[0]
         parabola = -0.5 * ((model.nodes - z.mean()) / z.std()) ** 2 if np.ptp(z) > 0 else 0 * model.nodes
@@ -405,6 +409,9 @@ def fit_operator_density(
     d_o_lam = np.sqrt(weight @ (var_o_all + (o_all - o_lam) ** 2))
     d_f_lam = np.sqrt(weight @ var_all + between)
     first = rows[int(weight.argmax())]
+    weights: dict[str, float] = {}
+    for one, row in zip(weight, rows, strict=True):
+        weights[str(row[6])] = weights.get(str(row[6]), 0.0) + float(one)
     return OperatorDensity(
         delta_f=float(f_lam[-1]),
         d_delta_f=float(d_f_lam[-1]),
@@ -420,4 +427,5 @@ def fit_operator_density(
         inefficiency=g,
         coordinate=str(first[6]),
         roughness=float(first[7]),
+        coordinate_weights=weights,
     )
