@@ -27,16 +27,16 @@ from .errors import ConvergenceError
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-N_COEFS = 28
+N_COEFS = 22
 """B-splines along z."""
 
-N_ACROSS = 6
+N_ACROSS = 5
 """B-splines along the summary."""
 
-N_NODES = 240
+N_NODES = 160
 """Nodes of the integrals over z."""
 
-N_BINS = 32
+N_BINS = 24
 """Bins of the summary."""
 
 NEGLIGIBLE = 8.0
