@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .force import DiffusionForce as DiffusionForce
     from .force import force_from_manifest as force_from_manifest
     from .force import mix as mix
+    from .labels import fit_labels as fit_labels
+    from .labels import pair_splines as pair_splines
     from .models.action import ActionModel as ActionModel
     from .models.action import AutogradAction as AutogradAction
     from .models.action import ScoreModel as ScoreModel
@@ -58,6 +60,7 @@ _HOME = {
     "alanine_case": "alanine",
     "examine_model": "models.examine",
     "export_artefact": "artefact",
+    "fit_labels": "labels",
     "fit_network": "network_training",
     "fit_operator_density": "density",
     "fit_physical_model": "training",
@@ -67,6 +70,7 @@ _HOME = {
     "load_artefact": "artefact",
     "mix": "force",
     "model_fields": "models.action",
+    "pair_splines": "labels",
     "run_expanded_ensemble": "exchange",
     "run_replica_exchange": "exchange",
     "run_windows": "windows",

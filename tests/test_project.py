@@ -50,6 +50,7 @@ FLOORS: dict[str, float] = {
     "closure": 6,
     "windows": 6,
     "density": 6.1,
+    "labels": 6.1,
     "audit": 6.2,
     "swaps": 6.1,
     "exchange": 6.2,
@@ -127,7 +128,15 @@ def foreign_imports(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["audit", "closure", "density", "estimate", "swaps", *(m for m in MODULES if m.startswith("models."))],
+    [
+        "audit",
+        "closure",
+        "density",
+        "estimate",
+        "labels",
+        "swaps",
+        *(m for m in MODULES if m.startswith("models.")),
+    ],
 )
 def test_modules_that_never_import_openmm(module: str) -> None:
     assert "openmm" not in foreign_imports(module)
