@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .force import force_from_manifest as force_from_manifest
     from .force import mix as mix
     from .labels import fit_labels as fit_labels
-    from .labels import pair_splines as pair_splines
     from .models.action import ActionModel as ActionModel
     from .models.action import AutogradAction as AutogradAction
     from .models.action import ScoreModel as ScoreModel
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from .models.physics import PhysicalModel as PhysicalModel
     from .network_training import NetworkSettings as NetworkSettings
     from .network_training import fit_network as fit_network
+    from .pair_features import pair_splines as pair_splines
     from .reporters import DomainReporter as DomainReporter
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
@@ -70,7 +70,7 @@ _HOME = {
     "load_artefact": "artefact",
     "mix": "force",
     "model_fields": "models.action",
-    "pair_splines": "labels",
+    "pair_splines": "pair_features",
     "run_expanded_ensemble": "exchange",
     "run_replica_exchange": "exchange",
     "run_windows": "windows",

@@ -19,37 +19,27 @@ Arrays in, a result out: nothing here needs OpenMM.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.interpolate import BSpline
 from scipy.special import expit
 
 from .errors import ConvergenceError, InputError
 from .estimate import statistical_inefficiency
 
-if TYPE_CHECKING:
-    from .models.graph import MolecularGraph
-
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-
-N_COEFS = 8
-"""B-splines of one pair function."""
-
-POWER = 5
-"""Splines are in r^-5: fine where pairs touch, and Coulomb's 1/r or r^-6 bend little in it."""
-
-TAIL = 1e-3
-"""Share of the frames at either end of a distance's range in which its function is a straight line."""
 
 ROUGHNESS = (1e3, 1e2, 1e1, 1.0)
 """Prior precisions of second differences that are tried, stiffest first [1/kT^2]."""
 
 RIDGES = (1e-1, 1e-2, 1e-3)
 """Prior precisions of slopes (of standardised columns, if the features are not splines) [1/kT^2]."""
+
+WEAK = 1e-4
+"""Prior precision of the constants that slopes leave free, relative to that of slopes [1/kT^2]."""
 
 SIGMAS = (0.0, 0.002, 0.004, 0.006)
 """Noise levels of the curve [nm]."""
@@ -59,130 +49,6 @@ N_FOLDS = 4
 
 MIN_FRAMES = 10
 """Frames per end and fold below which there is nothing to fit."""
-
-
-# ---------------------------------------------------------------------------------- features
-
-
-@dataclass(frozen=True)
-class PairSplines:
-    """Cubic B-splines of pair distances in r^-5, summed over the pairs of a type.
-
-    Attributes
-    ----------
-    pairs : numpy.ndarray of int, shape (n_pairs, 2)
-    types : numpy.ndarray of int, shape (n_pairs,)
-        Pairs of one type share their function.
-    low, high : numpy.ndarray, shape (n_types,)
-        Range of r^-5 in which the function bends [nm^-5]; beyond it goes on straight, down to half
-        the closest distance of the range, and is constant below.
-    """
-
-    pairs: IntArray
-    types: IntArray
-    low: FloatArray
-    high: FloatArray
-
-    @property
-    def roughness(self) -> FloatArray:
-        """Squared second differences of every function, [n_features, n_features]."""
-        return self._differences(2)
-
-    @property
-    def ridge(self) -> FloatArray:
-        """Squared first differences."""
-        return self._differences(1)
-
-    def _differences(self, order: int) -> FloatArray:
-        d = np.diff(np.eye(N_COEFS), order, axis=0)
-        return np.asarray(np.kron(np.eye(len(self.low)), d.T @ d))
-
-    def __call__(self, x: FloatArray) -> FloatArray:
-        """Features [n_frames, n_types * N_COEFS] of frames [n_frames, n_atoms, 3] nm."""
-        r = np.linalg.norm(x[:, self.pairs[:, 0]] - x[:, self.pairs[:, 1]], axis=-1)
-        u = np.maximum(r, 0.5 * self.high[self.types] ** (-1 / POWER)) ** -POWER
-        u = (u - self.low[self.types]) / (self.high - self.low)[self.types] * (N_COEFS - 3)
-        inside = np.clip(u, 0.0, (N_COEFS - 3) * (1 - 1e-12))
-        basis = BSpline(np.arange(N_COEFS + 4) - 3.0, np.eye(N_COEFS), 3)
-        out = np.zeros((len(x), len(self.low), N_COEFS))
-        slope = basis.derivative()
-        for k, kind in enumerate(self.types):
-            out[:, kind] += basis(inside[:, k]) + (u - inside)[:, k, None] * slope(inside[:, k])
-        return out.reshape(len(x), -1)
-
-
-def pair_splines(
-    x_0: Any, x_1: Any, graph: "MolecularGraph", sites: Sequence[int], becomes: Sequence[str] | None = None
-) -> PairSplines:
-    """Pair functions that can carry a perturbation: its atoms with all that are three bonds away or more.
-
-    Parameters
-    ----------
-    x_0, x_1 : array_like, shape (n_frames, n_atoms, 3)
-        Frames of both ends [nm]; they set the ranges.
-    graph : MolecularGraph
-    sites : sequence of int
-        The perturbed atoms.
-    becomes : sequence of str, optional
-        What each turns into. Atoms that are equivalent in the graph and become the same share their
-        functions; by default every site is of its own kind.
-
-    Returns
-    -------
-    PairSplines
-
-    Raises
-    ------
-    InputError
-        For sites that are repeated, out of range, or closer than three bonds to everything, a
-        ``becomes`` of another length, or frames of another molecule.
-
-    Examples
-    --------
-    >>> from openmm_diffforce.models.graph import MolecularGraph
-    >>> chain = MolecularGraph(("H", "O", "O", "H"), ((0, 1), (1, 2), (2, 3)))
-    >>> x = np.random.default_rng(0).normal(size=(20, 4, 3))
-    >>> pair_splines(x, x, chain, [0]).pairs.tolist()
-    [[0, 3]]
-    """
-    frames = [_frames(f"x_{end}", x) for end, x in enumerate((x_0, x_1))]
-    sites, n = [int(s) for s in sites], graph.n_atoms
-    if not sites or len(set(sites)) != len(sites) or min(sites) < 0 or max(sites) >= n:
-        raise InputError(f"sites: expected different atom indices below {n}, found {sites}.")
-    kinds = [str(k) for k in range(len(sites))] if becomes is None else [str(k) for k in becomes]
-    if len(kinds) != len(sites):
-        raise InputError(f"becomes: expected one name for each of {len(sites)} sites, found {len(kinds)}.")
-    for end, x in enumerate(frames):
-        if x.shape[1:] != (n, 3):
-            raise InputError(f"x_{end}: expected shape (n_frames, {n}, 3), found {x.shape}.")
-    elements = list(graph.elements)
-    for site, kind in zip(sites, kinds, strict=True):
-        elements[site] += f" to {kind}"
-    classes = replace(graph, elements=tuple(elements)).atom_classes()
-    separation = graph.separations()
-    numbers: dict[tuple[int, ...], int] = {}
-    pairs, types = [], []
-    for a in sites:
-        for b in range(n):
-            if separation[a, b] < 3 or (b in sites and b < a):
-                continue
-            key = (*sorted((int(classes[a]), int(classes[b]))), int(separation[a, b] == 3))
-            pairs.append((a, b))
-            types.append(numbers.setdefault(key, len(numbers)))
-    if not pairs:
-        raise InputError("sites: every pair with the rest of the molecule is closer than three bonds.")
-    pair_idx, type_idx = np.array(pairs), np.array(types)
-    r = np.concatenate([np.linalg.norm(x[:, pair_idx[:, 0]] - x[:, pair_idx[:, 1]], axis=-1) for x in frames])
-    if not r.min() > 0:
-        raise InputError("x_0, x_1: expected atoms apart, found two at the same place.")
-    u = r**-POWER
-    low, high = (
-        np.array([np.quantile(u[:, type_idx == k], q) for k in range(len(numbers))]) for q in (TAIL, 1 - TAIL)
-    )
-    return PairSplines(pair_idx, type_idx, low, np.maximum(high, low * (1 + 1e-6)))
-
-
-# ------------------------------------------------------------------------------ the classifier
 
 
 @dataclass(frozen=True)
@@ -205,8 +71,10 @@ class EndStateClassifier:
 
     def of_folds(self, x: Any) -> FloatArray:
         """g of every fold's classifier [n_folds, n_frames]."""
-        design = _design(self.features, _frames("x", x)) - self.centre
-        return self.coef @ design.T + self.intercept[:, None]
+        design = _design(self.features, _frames("x", x))
+        if design.shape[1] != len(self.centre):
+            raise InputError(f"x: expected {len(self.centre)} features, found {design.shape[1]}.")
+        return self.coef @ (design - self.centre).T + self.intercept[:, None]
 
     def __call__(self, x: Any) -> FloatArray:
         """g = O - Delta f up to what the classifier missed [kT], shape (n_frames,)."""
@@ -296,6 +164,13 @@ class LabelReadout:
     d_delta_f: float | None = None
     anchor_values: tuple[float, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; without the frames' g and the classifier."""
+        kept = {
+            k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("g_0", "g_1", "classifier")
+        }
+        return kept | {"curve": [asdict(one) for one in self.curve], "anchor_spread": self.anchor_spread}
+
     @property
     def anchor_spread(self) -> float | None:
         """Standard deviation of O - g_0 over the anchors [kT]; None for fewer than two."""
@@ -309,7 +184,8 @@ class LabelReadout:
         Parameters
         ----------
         x : array_like, shape (n_anchors, ...)
-            Frames as the classifier's; from both ends is best.
+            Frames as the classifier's. Those with g near 0 are known best; those far out, in either
+            end, test the size of g.
         operator : array_like, shape (n_anchors,)
             O = u_1 - u_0 on them [kT].
 
@@ -443,6 +319,8 @@ class _Level:
             pull = np.linalg.solve(hessian, features[held].T @ ends[held])
             residual = self.rows(self.label) - expit(self.design @ c[k] + self.offset)
             out += ~held[:, None] * self.per_frame(residual[:, None] * (self.design @ pull))
+        for end in (self.label == 1, self.label == 0):  # the numbers of frames per end are given, not drawn
+            out[end] -= out[end].mean(axis=0)
         return np.asarray(out)
 
 
@@ -534,13 +412,7 @@ def _noise_mask(noise_atoms: Sequence[int] | None, x: FloatArray) -> FloatArray:
     if noise_atoms is None:
         return np.ones(x.shape[1:])
     atoms = [int(a) for a in noise_atoms]
-    if (
-        x.ndim != 3
-        or not atoms
-        or len(set(atoms)) != len(atoms)
-        or min(atoms) < 0
-        or max(atoms) >= x.shape[1]
-    ):
+    if x.ndim != 3 or not atoms or len(set(atoms)) != len(atoms) or not set(atoms) <= set(range(x.shape[1])):
         raise InputError(
             f"noise_atoms: expected different atoms of frames (n_frames, n_atoms, 3), found {atoms} for "
             f"frames of shape {x.shape}."
@@ -550,24 +422,26 @@ def _noise_mask(noise_atoms: Sequence[int] | None, x: FloatArray) -> FloatArray:
     return mask
 
 
-def _priors(features: Any, design: FloatArray) -> list[list[tuple[float, float, FloatArray]]]:
-    """(roughness, ridge, prior precision) to be tried: one path per ridge, stiffest first."""
-    n = design.shape[1]
-    rough, flat = getattr(features, "roughness", None), getattr(features, "ridge", None)
-    flat = np.diag(design.var(axis=0)) if flat is None else np.asarray(flat, dtype=np.float64)
-    weak = 1e-4 * np.diag(np.diag(flat)) + 1e-12 * np.eye(n)
-    paths = []
-    for ridge in RIDGES:
-        strengths = (0.0,) if rough is None else ROUGHNESS
-        path = []
-        for mu in strengths:
+def _choose(features: Any, level: _Level) -> tuple[float, float, FloatArray, FloatArray]:
+    """Roughness, ridge, prior precision and coefficients of the largest held-out likelihood."""
+    n = level.design.shape[1] - 1
+    given = [getattr(features, name, None) for name in ("roughness", "ridge")]
+    for name, matrix in zip(("roughness", "ridge"), given, strict=True):
+        if matrix is not None and np.shape(matrix) != (n, n):
+            raise InputError(f"features.{name}: expected shape {(n, n)}, found {np.shape(matrix)}.")
+    rough, flat = given
+    if flat is None:
+        flat = np.diag(level.design[:, :-1].var(axis=0))
+    weak = WEAK * np.diag(np.diag(flat)) + np.finfo(float).eps * np.eye(n)
+    tried: list[tuple[float, float, float, FloatArray, FloatArray]] = []
+    for rho in RIDGES:
+        c = np.zeros((int(level.fold.max()) + 1, n + 1))
+        for mu in (0.0,) if rough is None else ROUGHNESS:
             prior = np.zeros((n + 1, n + 1))
-            prior[:n, :n] = ridge * flat + weak
-            if rough is not None:
-                prior[:n, :n] += mu * np.asarray(rough, dtype=np.float64)
-            path.append((mu, ridge, prior))
-        paths.append(path)
-    return paths
+            prior[:n, :n] = rho * flat + weak + (0.0 if rough is None else mu * rough)
+            c = level.fit(prior, c)[0]
+            tried.append((float(level.held_out(c)[1].mean()), mu, rho, prior, c))
+    return max(tried, key=lambda one: one[0])[1:]
 
 
 def fit_labels(
@@ -613,9 +487,10 @@ def fit_labels(
         Frames of end state 0 and 1 in time order [nm], or their features (n_frames, n_features) if
         ``features`` is not given. The numbers of frames may differ.
     features : callable, optional
-        Frames -> (n_frames, n_features), such as :func:`pair_splines` returns. Its attributes
-        ``roughness`` and ``ridge``, matrices (n_features, n_features), are used if it has them;
-        otherwise there is no roughness, and the ridge acts on standardised columns.
+        Frames -> (n_frames, n_features), such as a
+        :class:`~openmm_diffforce.pair_features.PairSplines`. Its attributes ``roughness`` and
+        ``ridge``, matrices (n_features, n_features), are used if it has them; otherwise there is no
+        roughness, and the ridge acts on standardised columns.
     generator : numpy.random.Generator
         Draws the noise.
     sigmas : sequence of float, optional
@@ -680,16 +555,7 @@ def fit_labels(
         return _Level(np.column_stack([rows - centre, np.ones(len(rows))]), label, fold)
 
     clean = level(design)
-    best = (-math.inf, 0.0, 0.0, clean.design[:0], clean.design[:n_folds])
-    for path in _priors(features, design):
-        c = np.zeros((n_folds, design.shape[1] + 1))
-        for mu, rho, prior in path:
-            c = clean.fit(prior, c)[0]
-            score = float(clean.held_out(c)[1].mean())
-            if score > best[0]:
-                best = (score, mu, rho, prior, c)
-    _, mu, rho, prior, start = best
-
+    mu, rho, prior, start = _choose(features, clean)
     coef, hessians = clean.fit(prior, start)
     g, gain = clean.held_out(coef)
     g_0, g_1 = g[: n[0]], g[n[0] :]

@@ -39,6 +39,7 @@ FLOORS: dict[str, float] = {
     "models": 2.9,
     "training": 3,
     "network_training": 3.1,
+    "pair_features": 3.1,
     "artefact": 3,
     "systems": 3,
     "force": 4,
