@@ -55,7 +55,7 @@ def test_far_distances_go_on_straight_and_a_collision_is_finite():
 
 
 def test_a_pair_operator_is_found_by_its_labels():
-    """S_1 - S_0 = 80 (r_04 - 0.5) for one atom pair that is Gaussian along x."""
+    """S_1 - S_0 = 60 r_04 + a constant, for one pair whose distance is Gaussian: Delta f is centered at 0."""
     generator = np.random.default_rng(20)
     frames = []
     for end in (0, 1):
