@@ -240,9 +240,12 @@ def alanine_table(name: str, part: dict[str, Any]) -> list[str]:
         "",
     ]
     for r in rows:
-        alone, flagged = (", ".join(x["flagged"]) or "nothing" for x in (r["labels_alone"], r))
-        more = "the same" if alone == flagged else flagged
-        lines.append(f"- {r['seed']}: {r['labels_alone']['verdict']} ({alone}); {r['verdict']} ({more})")
+        alone = r["labels_alone"]
+        more = [flag for flag in r["flagged"] if flag not in alone["flagged"]]
+        lines.append(
+            f"- {r['seed']}: {alone['verdict']} ({', '.join(alone['flagged']) or 'nothing'}); "
+            f"{r['verdict']} ({', '.join(more) or 'nothing more'})"
+        )
     return [*lines, ""]
 
 
