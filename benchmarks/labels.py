@@ -204,9 +204,9 @@ def alanine_table(name: str, part: dict[str, Any]) -> list[str]:
         f"## Alanine {name}: {len(rows)} independent runs of {part['n_frames']} frames per end", "",
         f"Reference, from the energies of all runs together: overlap {part['overlap']:.1e}, Delta f "
         f"{delta_f:.2f} +- {error:.2f} ({method}); centered {centered:.2f}, scale {scale:.2f}.", "",
-        "| seed | R^2 | slope | correlation | in end 0, 1 | centered | miss | miss, same frames | scale | "
-        "anchored Delta f | spread of anchors |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| seed | independent frames, fewer end | R^2 | slope | correlation | in end 0, 1 | centered | miss | "
+        "miss, same frames | scale | anchored Delta f | spread of anchors |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     misses, same = [], []
     for r in rows:
@@ -214,7 +214,8 @@ def alanine_table(name: str, part: dict[str, Any]) -> list[str]:
         misses.append(value - centered)
         same.append(value - (delta_f - 0.5 * sum(r["o_means"])))
         lines.append(
-            f"| {r['seed']} | {r['r2']:.3f} | {r['slope']:.2f} | {r['correlation']:.3f} | "
+            f"| {r['seed']} | {r['gates']['independent frames per end'][0]:.0f} | "
+            f"{r['r2']:.3f} | {r['slope']:.2f} | {r['correlation']:.3f} | "
             f"{r['within'][0]:.2f}, {r['within'][1]:.2f} | "
             f"{value:.2f} +- {d_value:.2f} | "
             f"{misses[-1]:+.2f} | {same[-1]:+.2f} | {width:.2f} +- {d_width:.2f} | "
@@ -224,10 +225,17 @@ def alanine_table(name: str, part: dict[str, Any]) -> list[str]:
         f"{label} {np.mean(v):.3f} +- {standard_error(v):.3f} (worst {min(v):.3f})"
         for label, v in (("R^2", [r["r2"] for r in rows]), ("correlation", [r["correlation"] for r in rows]))
     ]
+    reached = {
+        "R^2 >= 0.95": [r["r2"] >= 0.95 for r in rows],
+        "centered within 0.2 kT": [abs(miss) <= 0.2 for miss in misses],
+        "correlation >= 0.9": [r["correlation"] >= 0.9 for r in rows],
+    }
+    counts = ", ".join(f"{k}: {sum(v)} of {len(v)}" for k, v in reached.items())
     rms = [float(np.sqrt(np.mean(np.square(v)))) for v in (misses, same)]
     lines += [
         "", f"Mean and its error: {', '.join(summary)}. Centered Delta f misses by {rms[0]:.2f} kT (rms; "
-        f"mean {np.mean(misses):+.2f}), on the same frames by {rms[1]:.2f} (mean {np.mean(same):+.2f}).", "",
+        f"mean {np.mean(misses):+.2f}), on the same frames by {rms[1]:.2f} (mean {np.mean(same):+.2f}). "
+        f"Runs that reach {counts}.", "",
         "Curve, means over the runs:", "", "| sigma [nm] | centered | scale |", "|---|---|---|",
     ]  # fmt: skip
     curves = np.array([r["curve"] for r in rows]).mean(axis=0)
