@@ -204,8 +204,8 @@ def alanine_table(name: str, part: dict[str, Any]) -> list[str]:
         f"## Alanine {name}: {len(rows)} independent runs of {part['n_frames']} frames per end", "",
         f"Reference, from the energies of all runs together: overlap {part['overlap']:.1e}, Delta f "
         f"{delta_f:.2f} +- {error:.2f} ({method}); centered {centered:.2f}, scale {scale:.2f}.", "",
-        "| seed | independent frames, fewer end | R^2 | slope | correlation | in end 0, 1 | centered | miss | "
-        "miss, same frames | scale | anchored Delta f | spread of anchors |",
+        "| seed | independent frames, fewer end | R^2 | slope | correlation | in end 0, 1 | centered | "
+        "miss | miss, same frames | scale | anchored Delta f | spread of anchors |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     misses, same = [], []
