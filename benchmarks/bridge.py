@@ -295,8 +295,8 @@ def audit_table(found: dict[str, Any]) -> list[str]:
     """Right or wrong against PASS or not; thresholds were set on the runs with an even number."""
     lines = [
         "## The audit", "",
-        "Wrong: |Delta f - reference| > max(1 kT, 3 SE of the reference). Thresholds were set on runs with an",
-        "even number; only the others count here. 95 % intervals (Wilson).", "",
+        "Wrong: |Delta f - reference| > max(1 kT, 3 SE of the reference). Thresholds were set on runs with",
+        "an even number; only the others count. 95 % intervals (Wilson).", "",
         "| runs | right, PASS | right, WARN | right, FAIL | wrong, PASS | wrong, WARN | wrong, FAIL |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -347,7 +347,7 @@ def table(found: dict[str, Any]) -> list[str]:
         lines += [
             f"## Alanine {name}: {len(part['sets'])} independent runs", "",
             f"Reference: MBAR over {part['n_windows']} windows of {N_REFERENCE} frames, {value:.2f} +- "
-            f"{error:.2f}. Frames {INTERVAL / 1000:g} ps apart; the two windows between are at lambda {between}.",
+            f"{error:.2f}. Frames {INTERVAL / 1000:g} ps apart; two windows between at lambda {between}.",
             "",
         ]  # fmt: skip
         lines += HEAD + [row(m, [s[m] for s in part["sets"]], value) for m in part["sets"][0]] + [""]
@@ -366,9 +366,10 @@ def table(found: dict[str, Any]) -> list[str]:
         for d in draws:
             ref, bridge, bar = d["reference"], d["rows"]["bridge"], d["rows"]["BAR"]
             values = ", ".join(f"{v:.3g}" for v in d["q_sigma_epsilon"])
+            mbar, own = (f"{v[0]:.2f} +- {v[1]:.2f}" for v in (ref, bridge))
             lines.append(
-                f"| {d['site']} | {values} | {ref[0]:.2f} +- {ref[1]:.2f} | {bar[2]:.1g} | {bridge[0]:.2f} +- "
-                f"{bridge[1]:.2f} | {bar[0]:.2f} | {bridge[2]['verdict']} |"
+                f"| {d['site']} | {values} | {mbar} | {bar[2]:.1g} | {own} | {bar[0]:.2f} | "
+                f"{bridge[2]['verdict']} |"
             )
         lines.append("")
     return lines + audit_table(found)
