@@ -1,7 +1,9 @@
 """The indole benchmark's Systems against the scripts of its structures, and a window of it."""
 
+import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,7 @@ def test_noise_acts_on_unconstrained_moving_atoms(folder: Path) -> None:
         require_unconstrained(case.system_h, case.noised)
 
 
-def test_a_window_keeps_the_operator_of_its_frames(folder: Path, tmp_path: Path) -> None:
+def test_windows_keep_the_operator_of_their_frames(folder: Path, tmp_path: Path) -> None:
     case = indole_case("r6_nbX", folder)
     (tmp_path / "r6_nbX.xml").write_text(mm.XmlSerializer.serialize(sampling_system(case)))
     np.save(tmp_path / "r6_nbX.npy", case.positions)
@@ -75,11 +77,15 @@ def test_a_window_keeps_the_operator_of_its_frames(folder: Path, tmp_path: Path)
         "friction_per_ps": 2.0, "moving": list(case.moving), "n_equil": 50, "interval": 5,
         "n_frames": 20, "n_frames_end": 25, "delay": 0,
     }  # fmt: skip
-    job = tmp_path, tmp_path, "r6_nbX", 1
-    for k in (1, 2):
-        indole_sample.run_window(*job, k, settings, time.time() + 600)
-    assert "not begun" in indole_sample.run_window(*job, 0, settings, time.time() - 1)
-    assert indole_sample.jobs({"r6_nbX": settings}, 1, tmp_path) == [("r6_nbX", 1, 0)]
+    (tmp_path / "cases.json").write_text(json.dumps({"r6_nbX": settings}))
+    over = indole_sample.run_window(tmp_path, tmp_path, "r6_nbX", 1, 0, settings, time.time() - 1)
+    assert "not begun" in over
+    assert len(indole_sample.jobs({"r6_nbX": settings}, 1, tmp_path)) == 3
+    indole_sample.sample(tmp_path, tmp_path, seeds=1)
+    assert indole_sample.jobs({"r6_nbX": settings}, 1, tmp_path) == []
+    indole_sample.pack(tmp_path, tmp_path / "packed")
+    with zipfile.ZipFile(tmp_path / "packed" / "r6_nbX.zip") as archive:
+        assert archive.namelist() == [f"r6_nbX_s1_{k:02d}.npz" for k in range(3)]
     with np.load(indole_sample.window_path(tmp_path, "r6_nbX", 1, 1)) as between:
         assert between["operator"].shape == (20,)
         assert "x" not in between
