@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from methyl import hydrogens_of, sampled
 from parts import Part, run_parts, standard_error
 from rich.progress import track
 
-from openmm_diffforce.alanine import TEMPERATURE, AlanineCase, alanine_case
+from openmm_diffforce.alanine import AlanineCase, alanine_case
 from openmm_diffforce.audit import audit_labels
 from openmm_diffforce.density import fit_operator_density
 from openmm_diffforce.estimate import MIN_OVERLAP, bar_between
 from openmm_diffforce.labels import LabelReadout, fit_labels
 from openmm_diffforce.pair_features import pair_splines
 from openmm_diffforce.project import r_squared
-from openmm_diffforce.systems import graph_from_topology, sample
+from openmm_diffforce.systems import graph_from_topology
 
 SEED = 1300
 N_RUNS = 5
@@ -79,45 +80,17 @@ def toy(out: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def methyl_images(case: AlanineCase, x: np.ndarray) -> np.ndarray:
-    """Frame x and its two copies in which HB1, HB2, HB3 change places in a circle: [3, n_atoms, 3]."""
-    names = [(a.residue.name, a.name) for a in case.topology.atoms()]
-    hydrogens = [names.index(("ALA", f"HB{k}")) for k in (1, 2, 3)]
-    out = np.repeat(x[None], 3, axis=0)
-    for k in (1, 2):
-        out[k, hydrogens] = x[np.roll(hydrogens, k)]
-    return out
-
-
-def sampled(case: AlanineCase, end: int, n_frames: int, seed: int) -> np.ndarray:
-    """Equilibrium frames of one end.
-
-    The methyl group turns once in 100 to 500 ps, too seldom for a short run: between segments of
-    dynamics it is redrawn from its three images by their Boltzmann weights (Gibbs sampling, exact).
-    """
-    system = (case.system_0, case.system_1)[end]
-    generator = np.random.default_rng([seed, end])
-    x, found = case.positions, []
-    for k in range(n_frames // SEGMENT):
-        found.append(
-            sample(
-                system, case.topology, x, temperature=TEMPERATURE, n_frames=SEGMENT, interval=INTERVAL,
-                n_equil=20000 if k == 0 else 0, minimize=k == 0, seed=int(generator.integers(2**31)),
-                platform="Reference",
-            )
-        )  # fmt: skip
-        images = methyl_images(case, found[-1][-1])
-        u = case.pair.reduced_potentials(images)[:, end]
-        weight = np.exp(u.min() - u)
-        x = images[generator.choice(3, p=weight / weight.sum())]
-    return np.concatenate(found)
-
-
 def end_frames(case: AlanineCase, seed: int, out: Path) -> list[np.ndarray]:
     """Frames of both ends, kept in ``out`` so that a stopped benchmark goes on where it was."""
     path = out / f"{case.name}_{seed}.npz"
     if not path.exists():
-        ends = [sampled(case, end, N_FRAMES[case.name], seed) for end in (0, 1)]
+        ends = [
+            sampled(
+                case, end, N_FRAMES[case.name], [seed, end], hydrogens=hydrogens_of(case),
+                interval=INTERVAL, segment=SEGMENT,
+            )
+            for end in (0, 1)
+        ]  # fmt: skip
         np.savez(path, x_0=ends[0], x_1=ends[1])
     with np.load(path) as kept:
         return [kept["x_0"], kept["x_1"]]
