@@ -171,7 +171,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as err:
         raise InputError(f"{path}: expected a readable file, found {err.strerror}.") from err
     except ValueError as err:
-        raise InputError(f"{path}: expected JSON, found {err}.") from err
+        raise InputError(f"{path}: expected JSON, found something else ({err}).") from err
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value

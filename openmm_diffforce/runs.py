@@ -183,7 +183,9 @@ def make_folder(out_dir: str | os.PathLike[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise InputError(f"out_dir: expected a folder that can be made, found {err}.") from err
+        raise InputError(
+            f"out_dir: expected a folder that can be made, found {folder}: {err.strerror}."
+        ) from err
     return folder
 
 
@@ -467,7 +469,9 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
         return
     new = plain(settings)
     changed = [
-        f"{key} ({_short(old.get(key))} there, {_short(new.get(key))} now)"
+        f"{key} ({_HASHED[key]})"
+        if key in _HASHED
+        else f"{key} ({_short(old.get(key))} there, {_short(new.get(key))} now)"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -475,6 +479,13 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
         f"{folder}: expected a run with the same settings, found other values of "
         f"{'; '.join(changed)}; use the settings it was made with, or another out_dir."
     )
+
+
+_HASHED = {
+    "system_sha256": "another System or learned model",
+    "positions_sha256": "other starting positions",
+    "atoms_sha256": "other atoms in the topology",
+}
 
 
 def _short(value: Any) -> str:

@@ -7,8 +7,10 @@ import pytest
 
 from openmm_diffforce.config import (
     DemoSettings,
+    SampleSettings,
     StatesSettings,
     WindowsSettings,
+    check_settings,
     load_settings,
     window_arguments,
 )
@@ -82,6 +84,22 @@ def test_unknown_key_inside_a_part(tmp_path: Path) -> None:
 )
 def test_values_that_are_not_allowed(tmp_path: Path, change: str, expected: str) -> None:
     assert expected in refused(tmp_path, GOOD + change + "\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "bound"),
+    [
+        *((DemoSettings, key, 20) for key in ("n_frames", "n_test", "window_frames", "base_frames")),
+        (DemoSettings, "n_windows", 2),
+        (StatesSettings, "n", 2),
+        (SampleSettings, "n_frames", 20),
+        (SampleSettings, "n_test", 20),
+    ],
+)
+def test_lower_bounds_hold(kind: type, key: str, bound: int) -> None:
+    assert getattr(check_settings(kind, {key: bound}, "here"), key) == bound
+    with pytest.raises(InputError, match=f"here: {key}: expected greater than or equal to {bound}, found"):
+        check_settings(kind, {key: bound - 1}, "here")
 
 
 def test_exactly_one_system(tmp_path: Path) -> None:
