@@ -10,6 +10,7 @@ from openmm import app
 
 from openmm_diffforce.artefact import export_artefact, load_artefact
 from openmm_diffforce.errors import InputError, ModelError, NotConservativeError
+from openmm_diffforce.exchange import run_expanded_ensemble, run_replica_exchange
 from openmm_diffforce.force import DiffusionForce, available_backends
 from openmm_diffforce.models.action import ActionModel, AutogradAction, ScoreModel, model_fields
 from openmm_diffforce.models.examine import SHAKE, _random_chain, examine_model, made_up_frames
@@ -204,6 +205,12 @@ def test_a_bare_score_is_never_an_energy(score_path, tmp_path):
             system, topology(), X, [{force.parameter("lambda"): v} for v in (0.0, 1.0)], temperature=300.0,
             out_dir=tmp_path / "run", n_frames=2, learned=force, progress=False,
         )  # fmt: skip
+    for sampler in (run_replica_exchange, run_expanded_ensemble):
+        with pytest.raises(NotConservativeError, match="reduced potentials"):
+            sampler(
+                system, topology(), X, [{force.parameter("lambda"): v} for v in (0.0, 1.0)],
+                temperature=300.0, out_dir=tmp_path / "run", n_iterations=2, learned=force, progress=False,
+            )  # fmt: skip
     assert not (tmp_path / "run").exists()
     system = openmm.System()
     for mass in (16.0, 1.0, 1.0):
