@@ -428,6 +428,11 @@ def correct_end(
         raise InputError(
             f"end correction: expected windows from lambda 0 to 1, found {ends[0]} to {ends[1]}."
         )
+    if len(run.trajectories) != len(run.states):
+        raise InputError(
+            f"end correction: expected frames of all {len(run.states)} windows, found those of "
+            f"{len(run.trajectories)}; the walker never came to the others: run longer."
+        )
     parts = _parts(project)
     model = load_artefact(project.out_dir / MODEL_FILE).model
     learned = load_trajectory(run.trajectories[-1], run.topology).xyz.astype(np.float64)
