@@ -319,9 +319,9 @@ def check_settings(kind: type[_Model], content: Mapping[str, Any], where: str) -
     try:
         return kind.model_validate(content)
     except pydantic.ValidationError as err:
-        raise InputError(
-            "\n".join(f"{where}: {_advice(kind, e)}" for e in err.errors(include_url=False))
-        ) from err
+        errors = err.errors(include_url=False)
+        advice = [_advice(kind, e) for e in errors if _is_meant(e, content)]
+        raise InputError("\n".join(f"{where}: {line}" for line in dict.fromkeys(advice))) from err
 
 
 def _advice(kind: type[BaseModel], error: Any) -> str:
@@ -337,11 +337,28 @@ def _advice(kind: type[BaseModel], error: Any) -> str:
         return f"{key}: expected a value, found none; add this key."
     if error["type"] == "value_error":
         return ": ".join(part for part in (key, f"{error['ctx']['error']}.") if part)
+    if error["type"] in ("model_type", "list_type") and key.split(".")[-1] == "states":
+        wanted = "{n: 11, power: 1.0} or a list of {parameter: value}"
+        return f"{key}: expected {wanted}, found {error['input']!r}."
     if error["type"] in ("too_long", "too_short"):
         bound, n = ("most", "max") if error["type"] == "too_long" else ("least", "min")
         return f"{key}: expected at {bound} {error['ctx'][f'{n}_length']}, found {len(error['input'])}."
     message = error["msg"].removeprefix("Input should be ")
     return f"{key}: expected {message}, found {error['input']!r}."
+
+
+def _is_meant(error: Any, content: Any) -> bool:
+    """Whether an error is of the branch of a union that the value looks like: mapping or list."""
+    for part in error["loc"]:
+        if _is_union_tag(part):
+            return not isinstance(content, dict | list) or isinstance(content, dict) == part.endswith(
+                "Settings"
+            )
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):
+            return True
+    return True
 
 
 def _is_union_tag(part: Any) -> bool:

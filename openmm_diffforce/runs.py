@@ -445,6 +445,9 @@ def system_hash(system: mm.System, learned: tuple[LearnedForce, ...]) -> str:
 def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new run; compare them with those of one that is resumed.
 
+    A run that failed before it computed anything, on a misspelt parameter for one, may be begun
+    again with other settings.
+
     Raises
     ------
     ResumeError
@@ -452,7 +455,7 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
-        if any(folder.glob("window_*")) or any(folder.glob("state_*")) or any(folder.glob("*.parts")):
+        if _has_results(folder):
             raise ResumeError(
                 f"{folder}: expected {SETTINGS_FILE} beside the windows found there; choose another out_dir."
             )
@@ -467,6 +470,10 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
         raise ResumeError(f"{path}: expected unaltered settings, found another hash in the file.")
     if found["sha256"] == settings_hash(settings):
         return
+    if not _has_results(folder):
+        (folder / TOPOLOGY_FILE).unlink(missing_ok=True)
+        write_json(path, {"sha256": settings_hash(settings), "settings": settings})
+        return
     new = plain(settings)
     changed = [
         f"{key} ({_HASHED[key]})"
@@ -479,6 +486,12 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
         f"{folder}: expected a run with the same settings, found other values of "
         f"{'; '.join(changed)}; use the settings it was made with, or another out_dir."
     )
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a run left anything that was computed; an empty folder of parts is nothing."""
+    left = (p for pattern in ("window_*", "state_*", "*.parts") for p in folder.glob(pattern))
+    return any(p.is_file() or any(p.iterdir()) for p in left)
 
 
 _HASHED = {
