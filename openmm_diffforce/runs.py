@@ -560,9 +560,9 @@ def interrupt_flag() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def progress_bar(
-    progress: bool | Callable[[int, int], None], n_total: int, *, what: str = "windows"
+    progress: bool | Callable[[int, int], None], n_total: int, *, what: str = "sampling"
 ) -> Iterator[Callable[[int], None]]:
-    """Yield ``count(n)``, which adds n frames to a bar with ETA, to nothing, or to a callable."""
+    """Yield ``count(n)``, which adds n frames to a bar with ETA on stderr, to nothing, or to a callable."""
     n_done = 0
     if callable(progress):
         call = progress
@@ -577,6 +577,7 @@ def progress_bar(
     if not progress:
         yield lambda n: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
@@ -587,6 +588,7 @@ def progress_bar(
         TimeElapsedColumn(),
         TextColumn("ETA"),
         Remaining(),
+        console=Console(stderr=True),
     )
     with bar:
         task = bar.add_task(what, total=n_total)

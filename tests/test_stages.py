@@ -78,6 +78,9 @@ def test_sampled_both_ends(project):
     x = [load_trajectory(ends / f"window_{k:03d}.dcd", ends / "topology.pdb").xyz for k in (0, 1)]
     assert x[0].shape == x[1].shape == (320, 22, 3)
     assert not np.allclose(x[0][0], x[1][0])
+    loud = invoke("sample", project)
+    assert "640/640 frames" in loud.stderr
+    assert loud.stdout.splitlines()[1] == str(ends.resolve())
     again = json.loads(ok("sample", project, "--json"))
     assert again["n_steps"] == 0  # all was there already
 
