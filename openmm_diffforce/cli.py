@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that help is instant and a broken i
 still be examined with ``diffforce doctor``.
 """
 
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,9 @@ from typer.core import TyperGroup
 from . import __version__
 from .errors import DiffForceError
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+"""A disk that is full, forbidden or broken: no error of this package, and no traceback."""
+
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 
@@ -38,12 +42,25 @@ class _Commands(TyperGroup):
         except DiffForceError as err:
             if ctx.params.get("debug"):
                 raise
-            notes = "".join(f"\n{note}" for note in getattr(err, "__notes__", []))
-            typer.echo(f"diffforce: {err}{notes}", err=True)
+            typer.echo(f"diffforce: {err}{_notes(err)}", err=True)
+            raise typer.Exit(1) from err
+        except OSError as err:
+            if err.errno not in DISK_ERRORS or ctx.params.get("debug"):
+                raise
+            where = f" ({err.filename})" if err.filename else ""
+            typer.echo(
+                f"diffforce: {err.strerror or err}{where}; what was finished is kept: see to the disk, and "
+                f"call the same command again.{_notes(err)}",
+                err=True,
+            )
             raise typer.Exit(1) from err
         except KeyboardInterrupt as err:
             typer.echo(f"diffforce: {str(err) or 'stopped'}", err=True)
             raise typer.Exit(130) from err
+
+
+def _notes(err: BaseException) -> str:
+    return "".join(f"\n{note}" for note in getattr(err, "__notes__", []))
 
 
 app = typer.Typer(

@@ -147,6 +147,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         part.replace(target)
+    except OSError as err:
+        err.add_note(f"While writing {target}; the old file, if there was one, is intact.")
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """One's own molecule from the command line: init, sample, fit, export, simulate, windows."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -167,6 +168,25 @@ def test_a_fit_is_done_once_and_never_from_frames_of_other_settings(project):
     assert result.exit_code == 1
     assert "temperature (300.0 there, 310.0 now)" in result.output
     assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(project, monkeypatch):
+    model = project.parent / "runs" / "model.diffforce"
+    before = model.read_bytes()
+    original = os.fsync
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = invoke("fit", project)
+    monkeypatch.setattr(os, "fsync", original)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("diffforce: No space left on device; what was finished is kept")
+    assert "While writing" in result.stderr
+    assert "Traceback" not in result.output
+    assert model.read_bytes() == before
+    assert ok("fit", project, "--quiet")
 
 
 @pytest.mark.parametrize("sampler", ["exchange", "expanded"])
