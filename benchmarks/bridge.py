@@ -95,12 +95,19 @@ TOYS = {
 
 
 def methods(
-    x: list[np.ndarray], o: list[np.ndarray], seed: int, *, correlated: bool, atoms: Any = None
+    x: list[np.ndarray],
+    o: list[np.ndarray],
+    seed: int,
+    *,
+    correlated: bool,
+    atoms: Any = None,
+    features: Any = None,
 ) -> dict[str, Any]:
     """Every estimate from two end states: value, error and what judges it."""
     found = noisy_operator_bridge(
-        x, o, generator=np.random.default_rng(seed), atoms=atoms, inefficiency=None if correlated else (1, 1)
-    )
+        x, o, generator=np.random.default_rng(seed), atoms=atoms, features=features,
+        inefficiency=None if correlated else (1, 1),
+    )  # fmt: skip
     bar = bar_between(o[0], -o[1], decorrelate=correlated, min_overlap=0)
     return {
         "bridge": judged(found),

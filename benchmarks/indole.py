@@ -9,7 +9,7 @@ cases are, and where the structures come from.
 """
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import openmm as mm
 import pandas as pd
-from density import methods
+from bridge import methods, verdict
 from indole_sample import sample
 from indole_systems import (
     N_STATES,
@@ -35,6 +35,7 @@ from openmm_diffforce.constants import LAMBDA
 from openmm_diffforce.density import fit_operator_density
 from openmm_diffforce.estimate import FreeEnergyEstimate, estimate_free_energy
 from openmm_diffforce.record import versions, write_json
+from openmm_diffforce.summary import PairDistances
 
 N_CHECKED = 5
 """Frames of each end state whose energies are compared."""
@@ -168,6 +169,12 @@ def mbar(operators: list[list[np.ndarray]], lams: Sequence[float]) -> FreeEnergy
     return estimate_free_energy(table)
 
 
+def in_the_pocket(x: Sequence[np.ndarray], noised: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
+    """Columns for the bridge: distances, and coordinates, which mean something where others are fixed."""
+    distances = PairDistances.of(x, noised)
+    return lambda y: np.concatenate([distances(y), y[:, list(noised)].reshape(len(y), -1)], axis=1)
+
+
 def analyse(out: Path, cases: dict[str, IndoleCase]) -> dict[str, Any]:
     """The reference of every case, and what its two end states alone say."""
     found: dict[str, Any] = {}
@@ -186,17 +193,23 @@ def analyse(out: Path, cases: dict[str, IndoleCase]) -> dict[str, Any]:
             "overlap": float(pooled.neighbour_overlap.min()),
             "inefficiency": float(pooled.inefficiency.max()), "seeds": {},
         }  # fmt: skip
-        ends = {"all": [np.concatenate(o_k[k]) for k in (0, -1)]}
+        ends: dict[str, Collection[int] | None] = {"all": None}
         for s in seeds:
             one = window_operators(out, name, [s])
             result["seeds"][str(s)] = _value(mbar(one, lams).estimates["MBAR"])
-            ends[str(s)] = [one[k][0] for k in (0, -1)]
-        result["n_ends"] = {key: [len(o) for o in both] for key, both in ends.items()}
-        result["spread"] = [float(o.std()) for o in ends["all"]]
-        result["ends"] = {
-            key: methods(o_0, o_1, np.random.default_rng(0), correlated=True)
-            for key, (o_0, o_1) in ends.items()
-        }
+            ends[str(s)] = [s]
+        result["spread"] = [float(np.concatenate(o_k[k]).std()) for k in (0, -1)]
+        result["n_ends"], result["ends"] = {}, {}
+        # A site that follows its atoms would tell what noise hides.
+        seen = [i for i, m in enumerate(case.moving) if not case.pair.system_0.isVirtualSite(m)]
+        noised = [seen.index(case.moving.index(i)) for i in case.noised]
+        for key, some_seeds in ends.items():
+            both = [end_frames(out, name, end, some_seeds) for end in (0, 1)]
+            x, o = [v[:, seen].astype(np.float64) for v, _ in both], [v for _, v in both]
+            result["n_ends"][key] = [len(v) for v in o]
+            result["ends"][key] = methods(
+                x, o, 0, correlated=True, atoms=noised, features=in_the_pocket(x, noised)
+            )  # fmt: skip
         between = (0, 6, 12, N_STATES - 1)
         some = fit_operator_density([np.concatenate(o_k[k]) for k in between], [lams[k] for k in between])
         result["between"] = [lams[k] for k in between[1:-1]]
@@ -210,6 +223,7 @@ def _value(estimate: Any) -> tuple[float, float]:
 
 
 METHODS = (
+    "bridge",
     "density",
     "density, two windows between",
     "BAR",
@@ -260,6 +274,8 @@ def table(checks: dict[str, Any], found: dict[str, Any]) -> list[str]:
             "| method | estimate | miss | z | seeds: miss | seeds: stated |", "|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [_method_row(method, r) for method in METHODS] + [""]
+        said = [verdict(r["ends"][key]["bridge"][2]["gates"]) for key in ("all", *r["seeds"])]
+        lines += [f"Audit of the bridge: {said[0]}; of the seeds: {', '.join(said[1:])}.", ""]
     lines += [
         "## Energies against the scripts of the structures", "",
         f"Largest deviations [kJ/mol] at {N_CHECKED} frames of each end. Sampling: the System of the windows",

@@ -150,7 +150,8 @@ def test_a_run_that_drifts_fails_the_bridge():
     fold = (np.arange(1000) // 100) % 5
     o = [v + np.where(fold == 0, 8.0, 0.0) for v in o]
     audit = audit_bridge(bridged(x, o))
-    assert status(audit, "spread over folds [kT]") == "FAIL"
+    assert status(audit, "spread over folds [kT]") != "PASS"
+    assert audit.verdict == "FAIL"
 
 
 def test_too_few_frames_fail_the_bridge():
@@ -163,6 +164,7 @@ def test_too_few_frames_fail_the_bridge():
     [
         ("overlap of the noised ends", {"overlap": 0.0}),
         ("spread over models [kT]", {"d_models": 9.0}),
+        ("spread over folds [kT]", {"d_folds": 9.0}),
         ("spread over closures [kT]", {"closures": {"density": 0.0, "tweedie": 0.0, "gamma": 99.0}}),
         ("normal score of O, |mean square - 1|", {"calibration": (1.0, 3.0)}),
         ("effective frames of the work", {"ess": 0.5}),
