@@ -54,6 +54,8 @@ FLOORS: dict[str, float] = {
     "conditional": 6.2,
     "bridge": 6.3,
     "audit": 6.4,
+    "legs": 6.5,
+    "bridge_inputs": 6.5,
     "swaps": 6.1,
     "exchange": 6.2,
     "reporters": 6,
