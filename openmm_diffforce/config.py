@@ -232,6 +232,65 @@ class ProjectSettings(MoleculeSettings):
     windows: SamplerSettings = SamplerSettings()
 
 
+class BridgeSettings(Settings):
+    """The noisy operator bridge: Delta f from frames of two end states, and windows if there are."""
+
+    system: SystemSettings | None = Field(
+        default=None, description="both end states, to evaluate O on the frames of trajectories"
+    )
+    u_nk: Path | None = Field(default=None, description="instead: alchemlyb's u_nk (parquet) of the frames")
+    run: Path | None = Field(default=None, description="instead: folder of a run of lambda windows")
+    arrays: Path | None = Field(default=None, description="instead: .npz with x_0, x_1 [nm], o_0, o_1 [kT]")
+    topology: Path | None = Field(default=None, description="PDB file of the trajectories")
+    trajectories: tuple[Path, ...] | None = Field(
+        default=None, min_length=2, description="DCD, XTC, PDB or HDF5, one for each lambda"
+    )
+    lams: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.0, 1.0), min_length=2, description="lambda of each trajectory (system only)"
+    )
+    temperature: Positive | None = Field(
+        default=None, description="K; 300 if absent and the input does not say"
+    )
+    skip: int = Field(default=0, ge=0, description="frames left out at the start of every trajectory")
+    stride: Count = Field(default=1, description="every how many frames one is taken")
+    atoms: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="atoms to noise, from 0; those that change if absent"
+    )
+    sigmas: tuple[Positive, ...] | None = Field(
+        default=None, min_length=1, description="noise levels [nm]; from the frames if absent"
+    )
+    closure: Literal["density", "tweedie", "gamma"] = Field(
+        default="density", description="how the gap between the states is bridged"
+    )
+    n_copies: Count = Field(default=2, description="noised copies of every frame")
+    n_bootstrap: int = Field(default=50, ge=0, description="resamplings behind the error; 0 for none")
+    seed: Seed = Field(default=1, description="every random number follows from it")
+    out: Path = Field(default=Path("bridge"), description="folder for bridge.json and report.html")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        kinds = ("system", "u_nk", "run", "arrays")
+        given = [n for n in kinds if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(kinds)}, found {given or 'none'}")
+        kind = given[0]
+        if kind in ("run", "arrays"):
+            if self.trajectories is not None or self.topology is not None:
+                raise ValueError(f"topology, trajectories: {kind} brings its own frames; remove these keys")
+            return self
+        if self.trajectories is None:
+            raise ValueError(f"trajectories: expected one for each state beside {kind}, found none")
+        if kind == "system" and len(self.trajectories) != len(self.lams):
+            raise ValueError(
+                f"trajectories: expected one for each lambda of {list(self.lams)}, found "
+                f"{len(self.trajectories)}"
+            )
+        brings_own = self.system is not None and self.system.alanine is not None
+        if self.topology is None and not brings_own:
+            raise ValueError(f"topology: expected a PDB file beside {kind}, found none")
+        return self
+
+
 def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
     """Read a YAML file into settings of one kind.
 
@@ -277,9 +336,29 @@ def load_run(path: str | os.PathLike[str]) -> ProjectSettings | WindowsSettings:
     """
     path = Path(path)
     content = _keys_and_values(path)
-    if {"sample", "fit", "simulate", "windows"} & set(content):
+    if _PROJECT_SECTIONS & set(content):
         return _settings(ProjectSettings, content, path)
     return _settings(WindowsSettings, content, path)
+
+
+def load_bridge(path: str | os.PathLike[str]) -> ProjectSettings | BridgeSettings:
+    """Read a YAML file for the bridge, be it a project (with sampled end states) or a bridge's own.
+
+    A project has a section ``sample``, ``fit``, ``simulate`` or ``windows``.
+
+    Raises
+    ------
+    InputError
+        As :func:`load_settings`.
+    """
+    path = Path(path)
+    content = _keys_and_values(path)
+    if _PROJECT_SECTIONS & set(content):
+        return _settings(ProjectSettings, content, path)
+    return _settings(BridgeSettings, content, path)
+
+
+_PROJECT_SECTIONS = frozenset({"sample", "fit", "simulate", "windows"})
 
 
 def _keys_and_values(path: Path) -> dict[str, Any]:

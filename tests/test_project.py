@@ -56,6 +56,7 @@ FLOORS: dict[str, float] = {
     "audit": 6.4,
     "legs": 6.5,
     "bridge_inputs": 6.5,
+    "bridge_figures": 6.5,
     "swaps": 6.1,
     "exchange": 6.2,
     "reporters": 6,
