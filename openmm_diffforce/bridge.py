@@ -54,7 +54,7 @@ N_COPIES = 2
 """Noised copies of every frame."""
 
 N_FOLDS = 5
-N_BOOTSTRAP = 50
+N_BOOTSTRAP = 40
 
 MAX_COORDINATES = 2
 """Coordinates z(O) taken over from the density without noise, the most probable first ..."""
@@ -224,16 +224,16 @@ class BridgeResult:
         return out | plain | listed
 
 
-def default_levels(columns: FloatArray, n_levels: int = N_LEVELS) -> tuple[float, ...]:
-    """Noise levels from the fluctuations of the columns: from the stiffest to the softest.
+def default_levels(columns: Sequence[FloatArray], n_levels: int = N_LEVELS) -> tuple[float, ...]:
+    """Noise levels from the fluctuations of the columns within the states: stiffest to softest.
 
     Examples
     --------
     >>> x = np.random.default_rng(0).normal(size=(10000, 1))
-    >>> [round(s, 1) for s in default_levels(x, 3)]
+    >>> [round(s, 1) for s in default_levels([x, x + 9], 3)]
     [0.3, 0.7, 1.5]
     """
-    spread = columns.std(axis=0)
+    spread = np.sqrt(np.mean([c.var(axis=0) for c in columns], axis=0))
     spread = spread[spread > 1e-9]
     if len(spread) == 0:
         raise InputError("sigmas: every column of the features is constant; pass features that vary.")
@@ -682,7 +682,7 @@ def noisy_operator_bridge(
     kernel = GaussianKernel(noised) if kernel is None else kernel
     if features is None:
         features = PairDistances.of(x, noised) if x[0].ndim == 3 else np.asarray
-    levels = default_levels(columns_of(features, np.concatenate(x))) if sigmas is None else tuple(sigmas)
+    levels = default_levels([columns_of(features, one) for one in x]) if sigmas is None else tuple(sigmas)
     if not levels or not all(math.isfinite(s) and s > 0 for s in levels):
         raise InputError(f"sigmas: expected finite numbers > 0, found {list(levels)}.")
     levels = tuple(sorted(float(s) for s in levels))

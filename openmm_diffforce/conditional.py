@@ -21,23 +21,26 @@ import numpy.typing as npt
 from scipy.interpolate import BSpline
 from scipy.sparse import csr_matrix
 
-from .density import NEGLIGIBLE, WEAK, OperatorCoordinate
+from .density import WEAK, OperatorCoordinate
 from .errors import ConvergenceError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-N_COEFS = 28
+N_COEFS = 22
 """B-splines along z."""
 
-N_ACROSS = 6
+N_ACROSS = 5
 """B-splines along the summary."""
 
-N_NODES = 240
+N_NODES = 160
 """Nodes of the integrals over z."""
 
-N_BINS = 32
+N_BINS = 24
 """Bins of the summary."""
+
+NEGLIGIBLE = 8.0
+"""Log evidence below the best of a falling row of precisions, after which its rest is not tried."""
 
 ROUGHNESS = tuple(10.0 ** np.arange(-1.0, 5.0))
 """Prior precisions of the third differences along z that are averaged over."""
@@ -167,7 +170,7 @@ class ConditionalDensity:
                 gain = float(gradient @ step)
                 c, now, damping = c + step, new, max(0.1 * damping, 1e-12)
                 gradient, hessian = slopes(c)
-                if gain < 1e-7:
+                if gain < 1e-6:
                     break
             else:
                 damping *= 10.0
@@ -189,14 +192,15 @@ class ConditionalDensity:
         """Fits over the precisions, stiff to rough; what only loses evidence is not tried."""
         best = -math.inf
         for across in ACROSS[::-1]:
-            start = None
+            start, before = None, -math.inf
             for mu in ROUGHNESS[::-1]:
                 found = self.fit(weight, mu, across, start)
                 start = found.c
                 yield found, mu, across
                 best = max(best, found.evidence)
-                if found.evidence < best - NEGLIGIBLE:
+                if found.evidence < min(before, best - NEGLIGIBLE):
                     break
+                before = found.evidence
 
     def actions(self, c: FloatArray) -> FloatArray:
         """S_k(b) - S_0(b) of every state, shape (N_BINS, n_states) [kT]."""

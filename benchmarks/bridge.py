@@ -1,0 +1,378 @@
+"""Delta f without overlap: the noisy operator bridge and its limits beside BAR, EXP and moments.
+
+``python benchmarks/bridge.py --out runs/bridge`` runs what is missing and writes results/bridge.md.
+Toys have exact answers. The reference of alanine's cases and of random perturbations is MBAR over
+windows of their own from the same call; the bridge sees two end states alone, or them and two windows
+between. Every estimate is kept with its audit, and the audit is judged at the end.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from parts import Part, run_parts
+from rich.progress import track
+from scipy.special import logsumexp
+
+from openmm_diffforce.alanine import TEMPERATURE, AlanineCase, alanine_case, alanine_dipeptide
+from openmm_diffforce.alchemy import lambda_states, perturb_nonbonded
+from openmm_diffforce.analysis import load_trajectory
+from openmm_diffforce.audit import audit_bridge
+from openmm_diffforce.bridge import BridgeResult, noisy_operator_bridge
+from openmm_diffforce.constants import U_NK_FILE
+from openmm_diffforce.estimate import bar_between, estimate_free_energy, read_table, state_operators
+from openmm_diffforce.record import plain, write_json
+from openmm_diffforce.windows import run_windows
+
+SEED = 900
+N_TOYS = 200
+N_TOY_FRAMES = 1000
+N_SETS = 5
+"""Independent runs of every alanine case."""
+N_REFERENCE, N_BETWEEN = 2000, 1000
+N_ENDS = (1000, 6000)
+INTERVAL = 500
+"""Steps of 1 fs between frames; inefficiencies are estimated, not assumed."""
+N_RANDOM = 20
+N_RANDOM_WINDOWS, N_RANDOM_REFERENCE, N_RANDOM_ENDS = 13, 600, 1000
+
+Sample = tuple[list[np.ndarray], list[np.ndarray], float]
+
+
+# ------------------------------------------------------------------------------------------- toys
+
+
+def shifted(generator: np.random.Generator) -> Sample:
+    """Two harmonic wells six widths apart."""
+    x = [generator.normal(m, 1.0, (N_TOY_FRAMES, 1)) for m in (0.0, 6.0)]
+    return x, [18 - 6 * v[:, 0] for v in x], 0.0
+
+
+def widened(generator: np.random.Generator) -> Sample:
+    """A harmonic well, variance 1 -> 25."""
+    x = [generator.normal(0.0, s, (N_TOY_FRAMES, 1)) for s in (1.0, 5.0)]
+    return x, [-0.48 * v[:, 0] ** 2 for v in x], -math.log(5)
+
+
+def on_a_line(action: Callable[[Any], Any], operator: Callable[[Any], Any]) -> Callable[..., Sample]:
+    r = np.linspace(-3, 3, 400001)
+    r = r[np.isfinite(operator(r))]
+    weights = [np.exp(-action(r) - lam * operator(r)) for lam in (0, 1)]
+    cumulative = [np.cumsum(w) / w.sum() for w in weights]
+    exact = -float(np.log(weights[1].sum() / weights[0].sum()))
+
+    def draw(generator: np.random.Generator) -> Sample:
+        x = [r[np.searchsorted(c, generator.random(N_TOY_FRAMES))][:, None] for c in cumulative]
+        return x, [operator(v[:, 0]) for v in x], exact
+
+    return draw
+
+
+def well(x: Any) -> Any:
+    return 3 * (x**2 - 1) ** 2
+
+
+TOYS = {
+    "shifted": ("Gaussians 6 sigma apart", shifted),
+    "widened": ("Gaussian, variance 1 -> 25", widened),
+    "linear": ("double well, linear operator", on_a_line(well, lambda x: 4 * x)),
+    "quadratic": ("double well, quadratic operator", on_a_line(well, lambda x: 10 * (x + 1) ** 2)),
+    "steric": (
+        "steric r^-12",
+        on_a_line(
+            lambda x: 50 * (x - 0.6) ** 2,
+            lambda x: np.where(x > 0.15, (0.7 / np.maximum(x, 0.15)) ** 12, np.inf),
+        ),
+    ),
+    "both": (
+        "Gaussians shifted and widened",
+        on_a_line(lambda x: 8 * (x + 0.5) ** 2, lambda x: 4 * (x - 0.5) ** 2 - 8 * (x + 0.5) ** 2 + 3),
+    ),
+}
+
+
+def methods(
+    x: list[np.ndarray], o: list[np.ndarray], seed: int, *, correlated: bool, atoms: Any = None
+) -> dict[str, Any]:
+    """Every estimate from two end states: value, error and what judges it."""
+    found = noisy_operator_bridge(
+        x, o, generator=np.random.default_rng(seed), atoms=atoms, inefficiency=None if correlated else (1, 1)
+    )
+    bar = bar_between(o[0], -o[1], decorrelate=correlated, min_overlap=0)
+    return {
+        "bridge": judged(found),
+        "density": (found.density.delta_f, found.density.d_delta_f),
+        "BAR": (bar.delta_f, bar.d_delta_f, bar.overlap),
+        "Tweedie on moments": (found.readout.delta_f, found.readout.d_delta_f),
+        "EXP forward": (-float(logsumexp(-o[0]) - np.log(len(o[0]))), None),
+        "EXP reverse": (float(logsumexp(o[1]) - np.log(len(o[1]))), None),
+    }
+
+
+def judged(found: BridgeResult) -> tuple[float, float, dict[str, Any]]:
+    """Value, error, and the audit with what it was made from."""
+    audit = audit_bridge(found)
+    gates = {g.name: g.value for g in audit.gates}
+    return (
+        found.delta_f,
+        found.d_delta_f,
+        {"verdict": audit.verdict, "gates": gates, "sigma": found.level.sigma},
+    )
+
+
+def toy(name: str) -> Part:
+    def run(out: Path) -> dict[str, Any]:
+        draw = TOYS[name][1]
+        generator = np.random.default_rng(SEED)
+        rows: dict[str, list[Any]] = {}
+        exact = 0.0
+        for k in track(range(N_TOYS), name):
+            x, o, exact = draw(generator)
+            for method, value in methods(x, o, SEED + k, correlated=False).items():
+                rows.setdefault(method, []).append(value)
+        return {"exact": exact, "rows": rows}
+
+    return run
+
+
+# -------------------------------------------------------------------------------------- molecules
+
+
+def windows(
+    case: AlanineCase, lams: Sequence[float], n_frames: int, seed: int, folder: Path, *, frames: bool
+) -> tuple[Any, list[np.ndarray], list[np.ndarray]]:
+    """Independent windows under the force field: the table, and frames and O of every state."""
+    states = [{"lambda": float(v)} for v in lams]
+    run_windows(
+        case.pair.linear_system(), case.topology, case.positions, states, n_frames=n_frames,
+        interval=INTERVAL, n_equil=20000, temperature=TEMPERATURE, timestep=0.001, friction=1.0,
+        seed=seed, trajectory="dcd" if frames else None, out_dir=folder, progress=False,
+    )  # fmt: skip
+    table = read_table(folder / U_NK_FILE)
+    x = []
+    if frames:
+        files = sorted(folder.glob("*.dcd"))
+        if len(files) != len(states):
+            raise RuntimeError(f"{folder}: expected {len(states)} trajectories, found {len(files)}")
+        x = [load_trajectory(f, folder / "topology.pdb").xyz.astype(np.float64) for f in files]
+    return table, x, state_operators(table).operators
+
+
+def reference(case: AlanineCase, n_frames: int, seed: int, folder: Path) -> tuple[float, float]:
+    lams = [s["lambda"] for s in case.states]
+    table = windows(case, lams, n_frames, seed, folder, frames=False)[0]
+    mbar = estimate_free_energy(table, min_overlap=0).estimates["MBAR"]
+    return mbar.delta_f, mbar.d_delta_f
+
+
+def alanine(name: str) -> Part:
+    def run(out: Path) -> dict[str, Any]:
+        case = alanine_case(name, restrain_phi=True)
+        lams = [s["lambda"] for s in case.states]
+        between = [lams[len(lams) // 3], lams[2 * len(lams) // 3]]
+        found: dict[str, Any] = {
+            "reference": reference(case, N_REFERENCE, SEED, out / f"{name}_reference"),
+            "n_windows": len(lams), "between": between, "sets": [],
+        }  # fmt: skip
+        for k in track(range(1, N_SETS + 1), name):
+            kept = out / f"{name}_set_{k}.json"
+            if not kept.exists():
+                x, o = windows(case, (0, 1), max(N_ENDS), SEED + k, out / f"{name}_{k}", frames=True)[1:]
+                row: dict[str, Any] = {}
+                for n in N_ENDS:
+                    some = [v[:n] for v in x], [v[:n] for v in o]
+                    for method, value in methods(
+                        *some, SEED + k, correlated=True, atoms=case.perturbed
+                    ).items():
+                        row[f"{method}, {n} per end"] = value
+                x_b, o_b = windows(
+                    case, between, N_BETWEEN, SEED + 100 + k, out / f"{name}_between_{k}", frames=True
+                )[1:]
+                four = noisy_operator_bridge(
+                    [x[0][:N_BETWEEN], *x_b, x[1][:N_BETWEEN]], [o[0][:N_BETWEEN], *o_b, o[1][:N_BETWEEN]],
+                    (0.0, *between, 1.0), generator=np.random.default_rng(SEED + k), atoms=case.perturbed,
+                )  # fmt: skip
+                row[f"bridge, 4 windows of {N_BETWEEN}"] = judged(four)
+                row[f"density, 4 windows of {N_BETWEEN}"] = (four.density.delta_f, four.density.d_delta_f)
+                write_json(kept, plain(row))
+            found["sets"].append(json.loads(kept.read_text()))
+            print(name, k, {m: np.round(v[:2], 2).tolist() for m, v in found["sets"][-1].items()
+                            if v[1] is not None}, flush=True)  # fmt: skip
+        return found
+
+    return run
+
+
+def draw(seed: int) -> tuple[AlanineCase, dict[str, Any]]:
+    """A perturbation of alanine dipeptide: one to three hydrogens get drawn charges and sizes."""
+    generator = np.random.default_rng(SEED + 5000 + seed)
+    topology, positions, system_0 = alanine_dipeptide(restrain_phi=True)
+    names = {(a.residue.name, a.name): a.index for a in topology.atoms()}
+    site = ["HB", "ACE", "NME"][int(generator.integers(3))]
+    groups = {
+        "HB": (("HB1", "HB2", "HB3"), "ALA", "CB"), "ACE": (("H1", "H2", "H3"), "ACE", "CH3"),
+        "NME": (("H1", "H2", "H3"), "NME", "C"),
+    }  # fmt: skip
+    hydrogens, residue, carbon = groups[site]
+    chosen = hydrogens[: int(generator.integers(1, 4))]
+    values = (
+        float(generator.uniform(-0.3, 0.1)),
+        float(generator.uniform(0.28, 0.41)),
+        float(generator.uniform(0.1, 1.6)),
+    )
+    changed = [names[residue, h] for h in chosen]
+    centre = names[residue, carbon]
+    system_1 = perturb_nonbonded(system_0, dict.fromkeys(changed, values), neutralize_on=centre)
+    power = 1.0 + 3.0 * (values[1] - 0.28) / 0.13
+    case = AlanineCase(
+        name=f"random {seed}", topology=topology, positions=positions, system_0=system_0, system_1=system_1,
+        perturbed=tuple(sorted((*changed, centre))), states=lambda_states(N_RANDOM_WINDOWS, power),
+    )  # fmt: skip
+    return case, {"site": f"{residue} {', '.join(chosen)}", "q_sigma_epsilon": values}
+
+
+def random(out: Path) -> dict[str, Any]:
+    """Random perturbations, each with its own reference."""
+    found = []
+    for seed in track(range(N_RANDOM), "random"):
+        kept = out / f"random_{seed}.json"
+        if not kept.exists():
+            case, what = draw(seed)
+            value = reference(case, N_RANDOM_REFERENCE, SEED + seed, out / f"random_{seed}_reference")
+            x, o = windows(
+                case, (0, 1), N_RANDOM_ENDS, SEED + 200 + seed, out / f"random_{seed}", frames=True
+            )[1:]
+            rows = methods(x, o, SEED + seed, correlated=True, atoms=case.perturbed)
+            write_json(kept, plain({**what, "reference": value, "rows": rows}))
+        found.append(json.loads(kept.read_text()))
+        print(seed, found[-1]["reference"], found[-1]["rows"]["bridge"][:2], flush=True)
+    return {"draws": found}
+
+
+PARTS: dict[str, Part] = {
+    **{name: toy(name) for name in TOYS},
+    **{name: alanine(name) for name in ("F1", "Br3", "I3")},
+    "random": random,
+}
+
+
+# ------------------------------------------------------------------------------------------ table
+
+HEAD = ["| method | bias | error | stated | covered |", "|---|---|---|---|---|"]
+
+
+def row(method: str, values: Any, exact: Any) -> str:
+    value, error = np.array([v[:2] for v in values], dtype=float).T
+    miss = value - exact
+    text = f"| {method} | {miss.mean():+.2f} | {np.sqrt((miss**2).mean()):.2f} |"
+    if np.isnan(error).any():
+        return text + " | |"
+    inside = [f"{(np.abs(miss) < k * error).mean():.2f}" for k in (1, 2)]
+    return text + f" {error.mean():.2f} | {', '.join(inside)} |"
+
+
+def runs(found: dict[str, Any]) -> list[tuple[str, int, float, float, Any]]:
+    """(what, number, miss, error of the reference, audit) of every bridge."""
+    out: list[tuple[str, int, float, float, Any]] = []
+    for name in TOYS:
+        if name in found:
+            exact = found[name]["exact"]
+            out += [(name, i, v[0] - exact, 0.0, v[2]) for i, v in enumerate(found[name]["rows"]["bridge"])]
+    for name in ("F1", "Br3", "I3"):
+        for i, one in enumerate(found.get(name, {}).get("sets", [])):
+            value, error = found[name]["reference"]
+            out += [(f"{name}, {m}", i, v[0] - value, error, v[2]) for m, v in one.items() if "bridge" in m]
+    for i, one in enumerate(found.get("random", {}).get("draws", [])):
+        value, error = one["reference"]
+        out.append(("random", i, one["rows"]["bridge"][0] - value, error, one["rows"]["bridge"][2]))
+    return out
+
+
+def audit_table(found: dict[str, Any]) -> list[str]:
+    """Right or wrong against PASS or not; thresholds were set on the runs with an even number."""
+    lines = [
+        "## The audit", "",
+        "Wrong: |Delta f - reference| > max(1 kT, 3 SE of the reference). Thresholds were set on runs with an",
+        "even number; only the others count here. 95 % intervals (Wilson).", "",
+        "| runs | right, PASS | right, WARN | right, FAIL | wrong, PASS | wrong, WARN | wrong, FAIL |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    every = runs(found)
+    for label, half in (("odd: counted", 1), ("even: thresholds", 0)):
+        some = [r for r in every if r[1] % 2 == half]
+        cells = []
+        for wrong in (False, True):
+            these = [r[4]["verdict"] for r in some if (abs(r[2]) > max(1.0, 3 * r[3])) == wrong]
+            cells += [interval(these.count(v), len(these)) for v in ("PASS", "WARN", "FAIL")]
+        lines.append(f"| {len(some)}, {label} | " + " | ".join(cells) + " |")
+    passed = [abs(r[2]) <= 1 for r in every if r[1] % 2 == 1 and r[4]["verdict"] == "PASS"]
+    lines += ["", f"Within 1 kT among PASS (odd runs): {interval(sum(passed), len(passed))}.", ""]
+    return lines
+
+
+def interval(k: int, n: int) -> str:
+    """k of n with Wilson's 95 % interval."""
+    if n == 0:
+        return "0 of 0"
+    z, p = 1.96, k / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + s * half) / (1 + z * z / n) for s in (-1, 1))
+    return f"{k} of {n} ({max(low, 0):.2f}-{min(high, 1):.2f})"
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "# Delta f without overlap", "",
+        f"`python benchmarks/bridge.py --out runs/bridge` prints it; seed {SEED}; kT everywhere; defaults of",
+        "`noisy_operator_bridge` for all. Error: root mean square of estimate minus exact or reference.",
+        "Stated: mean of the estimator's own errors. Covered: share of runs within one and two of them (0.68",
+        "and 0.95 expected).", "",
+    ]  # fmt: skip
+    for name, (title, _) in TOYS.items():
+        if name not in found:
+            continue
+        part = found[name]
+        n = len(part["rows"]["bridge"])
+        lines += [f"## {title}: {n} repeats of {N_TOY_FRAMES} frames per end, exact {part['exact']:.3f}", ""]
+        lines += HEAD + [row(m, rows, part["exact"]) for m, rows in part["rows"].items()] + [""]
+    for name in ("F1", "Br3", "I3"):
+        if name not in found:
+            continue
+        part = found[name]
+        value, error = part["reference"]
+        between = " and ".join(f"{b:.3g}" for b in part["between"])
+        lines += [
+            f"## Alanine {name}: {len(part['sets'])} independent runs", "",
+            f"Reference: MBAR over {part['n_windows']} windows of {N_REFERENCE} frames, {value:.2f} +- "
+            f"{error:.2f}. Frames {INTERVAL / 1000:g} ps apart; the two windows between are at lambda {between}.",
+            "",
+        ]  # fmt: skip
+        lines += HEAD + [row(m, [s[m] for s in part["sets"]], value) for m in part["sets"][0]] + [""]
+    if "random" in found:
+        draws = found["random"]["draws"]
+        lines += [
+            f"## {len(draws)} random perturbations of alanine, {N_RANDOM_ENDS} frames per end", "",
+            f"Reference of each: MBAR over {N_RANDOM_WINDOWS} windows of {N_RANDOM_REFERENCE} frames.", "",
+        ]  # fmt: skip
+        exact = np.array([d["reference"][0] for d in draws])
+        lines += HEAD + [row(m, [d["rows"][m] for d in draws], exact) for m in draws[0]["rows"]] + [""]
+        lines += [
+            "| atoms | q, sigma, epsilon | MBAR | overlap of the ends | bridge | BAR | audit |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for d in draws:
+            ref, bridge, bar = d["reference"], d["rows"]["bridge"], d["rows"]["BAR"]
+            values = ", ".join(f"{v:.3g}" for v in d["q_sigma_epsilon"])
+            lines.append(
+                f"| {d['site']} | {values} | {ref[0]:.2f} +- {ref[1]:.2f} | {bar[2]:.1g} | {bridge[0]:.2f} +- "
+                f"{bridge[1]:.2f} | {bar[0]:.2f} | {bridge[2]['verdict']} |"
+            )
+        lines.append("")
+    return lines + audit_table(found)
+
+
+if __name__ == "__main__":
+    run_parts("bridge", __doc__ or "", PARTS, table)
