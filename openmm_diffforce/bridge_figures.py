@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from .analysis import new_figure
+from .audit import BRIDGE_GATES
 from .estimate import MIN_OVERLAP
 
 BLUE, BROWN, GREY, GREEN = "#1f5f8b", "#8a5a20", "#59626b", "#1d7044"
 
 
-def bridge_figures(bridge: Mapping[str, Any]) -> dict[str, Any]:
+def figures_of_bridge(bridge: Mapping[str, Any]) -> dict[str, Any]:
     """Every picture that the numbers allow.
 
     Parameters
@@ -109,9 +110,13 @@ def _overlap(bridge: Mapping[str, Any]) -> Any:
         _chosen_line(axes, bridge)
         _sigma_axis(axes, sigma)
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0.0)
-    panels[0].set_ylim(0.0, 1.05)
-    panels[0].axhline(MIN_OVERLAP, color="0.6", linewidth=0.8)
+    gates = BRIDGE_GATES["overlap of the noised ends"], BRIDGE_GATES["effective frames of the work"]
+    for axes, gate, top in zip(
+        panels, gates, (1.05, 1.1 * np.nanmax([1.0, *_column(bridge, "ess")])), strict=True
+    ):
+        axes.set_ylim(0.0, top)
+        for threshold in (gate.good, gate.bad):
+            axes.axhline(threshold, color="0.6", linewidth=0.8, zorder=0)
     panels[1].legend(frameon=False, fontsize=8)
     return figure
 
@@ -155,7 +160,8 @@ def _calibration(bridge: Mapping[str, Any]) -> Any:
     for k, lam in enumerate(bridge["lams"]):
         axes.plot(sigma, rows[:, k], "o-", color=colours[k], markersize=4, label=f"λ = {lam:.3g}")
     axes.axhline(1.0, color="0.6", linewidth=0.8)
-    axes.axhspan(0.8, 1.3, color="0.93", zorder=0)
+    good = BRIDGE_GATES["normal score of O, |mean square - 1|"].good
+    axes.axhspan(1 - good, 1 + good, color="0.93", zorder=0)
     _chosen_line(axes, bridge, label=None)
     _sigma_axis(axes, sigma)
     axes.set_ylabel("mean square score of O")

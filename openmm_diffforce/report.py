@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .constants import EXCHANGE_FILE
 from .errors import InputError
+from .estimate import MIN_OVERLAP
 from .record import atomic_path, plain, read_json
 from .units import KJ_PER_KCAL, thermal_energy
 
@@ -47,7 +48,7 @@ CAPTIONS = {
     "bridge_plateau": "Δf against the noise. Where the levels agree within their errors, the choice of the "
     "level does not matter. At the left the limit without noise, at the right that of infinite noise.",
     "bridge_overlap": "How much the blurred end states overlap (1: they are one), and how many independent "
-    "frames carry the average of the work, in the worse direction.",
+    "frames carry the average of the work, in the worse direction. Grey lines: thresholds of the audit.",
     "bridge_work": "Work from state 0 to state 1 on blurred frames of either, at the chosen level. The two "
     "curves cross at Δf if work and frames belong together.",
     "bridge_calibration": "Is O as uncertain, given the blurred frame, as it was predicted to be? 1 is "
@@ -404,9 +405,11 @@ def bridge_readouts(bridge: Bridge) -> list[dict[str, Any]]:
          "error": bridge.density.get("d_delta_f"), "note": "limit of infinite noise"},
     ]  # fmt: skip
     if bridge.bar:
-        note = f"limit of no noise; overlap {bridge.bar.get('overlap'):.2g}"
+        overlap, error = bridge.bar.get("overlap") or 0.0, bridge.bar.get("d_delta_f")
+        poor = overlap < MIN_OVERLAP
+        note = f"limit of no noise; overlap {overlap:.2g}" + (": not to be trusted" if poor else "")
         rows.append({"name": "plain BAR", "key": "bar", "value": bridge.bar.get("delta_f"),
-                     "error": bridge.bar.get("d_delta_f"), "note": note})  # fmt: skip
+                     "error": None if poor else error, "note": note})  # fmt: skip
     level = bridge.levels[bridge.chosen]
     rows.append({"name": "bridge", "key": "bridge", "value": bridge.delta_f, "error": bridge.d_delta_f,
                  "note": f"at noise {level.sigma:.2g} nm, where its error is smallest"})  # fmt: skip
@@ -766,10 +769,10 @@ def _replica_figure(path: Path) -> Any:
 
 def _bridge_figures(bridge: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Drawn from the record's own numbers."""
-    from .bridge_figures import bridge_figures
+    from .bridge_figures import figures_of_bridge
 
     try:
-        return bridge_figures(bridge)
+        return figures_of_bridge(bridge)
     except (KeyError, TypeError, ValueError, IndexError) as err:
         raise InputError(
             f"{path}: expected the numbers of a bridge, found {type(err).__name__}: {err}."

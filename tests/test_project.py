@@ -57,6 +57,7 @@ FLOORS: dict[str, float] = {
     "legs": 6.5,
     "bridge_inputs": 6.5,
     "bridge_figures": 6.5,
+    "bridge_run": 8.15,
     "swaps": 6.1,
     "exchange": 6.2,
     "reporters": 6,
