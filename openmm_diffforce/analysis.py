@@ -81,6 +81,15 @@ def iterate_trajectory(
         ) from err
 
 
+def count_frames(path: str | os.PathLike[str]) -> int:
+    """Frames in a trajectory, without reading them; 0 where the file does not say (for progress bars)."""
+    try:
+        with _quiet_stdout(), md.open(os.fspath(path)) as handle:
+            return len(handle)
+    except Exception:  # whatever is wrong with the file is said when it is read
+        return 0
+
+
 @contextmanager
 def _quiet_stdout() -> Iterator[None]:
     """Keep the DCD plugin's remarks, printed by C code at every file, off the terminal."""

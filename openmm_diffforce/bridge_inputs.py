@@ -17,7 +17,7 @@ import mdtraj as md
 import numpy as np
 
 from .alchemy import EndStatePair
-from .analysis import iterate_trajectory
+from .analysis import count_frames, iterate_trajectory
 from .constants import U_NK_FILE
 from .errors import IncompatibleSystemError, InputError
 from .estimate import read_table, state_operators
@@ -260,19 +260,10 @@ def _check_counts(skip: int, stride: int) -> None:
             raise InputError(f"{name}: expected an integer of at least {least}, found {number!r}.")
 
 
-def _n_frames(path: Path) -> int:
-    """Frames in a file, for progress only; 0 if it does not say."""
-    try:
-        with md.open(os.fspath(path)) as handle:
-            return len(handle)
-    except Exception:  # whatever is wrong with it is said when it is read
-        return 0
-
-
 def _counter(paths: Sequence[Path], progress: Progress | None) -> Callable[[int], None]:
     if progress is None:
         return lambda n: None
-    total, done = sum(_n_frames(p) for p in paths), 0
+    total, done = sum(count_frames(p) for p in paths), 0
     report = progress
 
     def count(n: int) -> None:
