@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from methyl import hydrogens_of, sampled
 from parts import Part, run_parts
 from rich.progress import track
 from scipy.special import logsumexp
 
-from openmm_diffforce.alanine import TEMPERATURE, AlanineCase, alanine_case, alanine_dipeptide
+from openmm_diffforce.alanine import AlanineCase, alanine_case, alanine_dipeptide
 from openmm_diffforce.alchemy import lambda_states, perturb_nonbonded
-from openmm_diffforce.analysis import load_trajectory
-from openmm_diffforce.audit import audit_bridge
+from openmm_diffforce.audit import BRIDGE_GATES, Audit, audit_bridge, judge
 from openmm_diffforce.bridge import BridgeResult, noisy_operator_bridge
-from openmm_diffforce.constants import U_NK_FILE
-from openmm_diffforce.estimate import bar_between, estimate_free_energy, read_table, state_operators
-from openmm_diffforce.record import plain, write_json
-from openmm_diffforce.windows import run_windows
+from openmm_diffforce.estimate import bar_between, statistical_inefficiency
+from openmm_diffforce.record import atomic_path, plain, write_json
 
 SEED = 900
 N_TOYS = 200
 N_TOY_FRAMES = 1000
 N_SETS = 5
 """Independent runs of every alanine case."""
-N_REFERENCE, N_BETWEEN = 2000, 1000
+N_REFERENCE, N_BETWEEN = 1500, 1000
 N_ENDS = (1000, 6000)
 INTERVAL = 500
 """Steps of 1 fs between frames; inefficiencies are estimated, not assumed."""
+SEGMENT = 20
+"""Frames between two moves of the methyl group."""
 N_RANDOM = 20
 N_RANDOM_WINDOWS, N_RANDOM_REFERENCE, N_RANDOM_ENDS = 13, 600, 1000
 
@@ -141,62 +141,80 @@ def toy(name: str) -> Part:
 # -------------------------------------------------------------------------------------- molecules
 
 
-def windows(
-    case: AlanineCase, lams: Sequence[float], n_frames: int, seed: int, folder: Path, *, frames: bool
-) -> tuple[Any, list[np.ndarray], list[np.ndarray]]:
-    """Independent windows under the force field: the table, and frames and O of every state."""
-    states = [{"lambda": float(v)} for v in lams]
-    run_windows(
-        case.pair.linear_system(), case.topology, case.positions, states, n_frames=n_frames,
-        interval=INTERVAL, n_equil=20000, temperature=TEMPERATURE, timestep=0.001, friction=1.0,
-        seed=seed, trajectory="dcd" if frames else None, out_dir=folder, progress=False,
-    )  # fmt: skip
-    table = read_table(folder / U_NK_FILE)
-    x = []
-    if frames:
-        files = sorted(folder.glob("*.dcd"))
-        if len(files) != len(states):
-            raise RuntimeError(f"{folder}: expected {len(states)} trajectories, found {len(files)}")
-        x = [load_trajectory(f, folder / "topology.pdb").xyz.astype(np.float64) for f in files]
-    return table, x, state_operators(table).operators
+def frames_of(
+    case: AlanineCase, lam: float, n_frames: int, seed: int, hydrogens: Sequence[int], path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of a state and O on them, kept in ``path``."""
+    if not path.exists():
+        key = [seed, round(1e6 * lam)]
+        x = sampled(
+            case, lam, n_frames, key, hydrogens=hydrogens, interval=INTERVAL, segment=SEGMENT
+        )  # fmt: skip
+        with atomic_path(path) as part, open(part, "wb") as handle:
+            np.savez(handle, x=x, o=case.pair.operator_values(x))
+    with np.load(path) as kept:
+        return kept["x"], kept["o"]
 
 
-def reference(case: AlanineCase, n_frames: int, seed: int, folder: Path) -> tuple[float, float]:
+def mbar(lams: Sequence[float], operators: Sequence[np.ndarray]) -> tuple[float, float]:
+    """pymbar's Delta f of all states and its error, frames subsampled by the inefficiency of O."""
+    import pymbar
+
+    some = [o[:: math.ceil(statistical_inefficiency(o))] for o in operators]
+    u_kn = np.multiply.outer(np.asarray(lams), np.concatenate(some))
+    found = pymbar.MBAR(u_kn, [len(o) for o in some]).compute_free_energy_differences()
+    return float(found["Delta_f"][0, -1]), float(found["dDelta_f"][0, -1])
+
+
+def reference(
+    case: AlanineCase, n_frames: int, seed: int, hydrogens: Sequence[int], stem: Path
+) -> tuple[float, float]:
     lams = [s["lambda"] for s in case.states]
-    table = windows(case, lams, n_frames, seed, folder, frames=False)[0]
-    mbar = estimate_free_energy(table, min_overlap=0).estimates["MBAR"]
-    return mbar.delta_f, mbar.d_delta_f
+    o_k = []
+    for k, lam in enumerate(lams):
+        path = stem.with_name(f"{stem.name}_window_{k}.npz")
+        o_k.append(frames_of(case, lam, n_frames, seed, hydrogens, path)[1])
+    return mbar(lams, o_k)
 
 
 def alanine(name: str) -> Part:
     def run(out: Path) -> dict[str, Any]:
         case = alanine_case(name, restrain_phi=True)
+        hydrogens = hydrogens_of(case)
         lams = [s["lambda"] for s in case.states]
         between = [lams[len(lams) // 3], lams[2 * len(lams) // 3]]
         found: dict[str, Any] = {
-            "reference": reference(case, N_REFERENCE, SEED, out / f"{name}_reference"),
+            "reference": reference(case, N_REFERENCE, SEED, hydrogens, out / name),
             "n_windows": len(lams), "between": between, "sets": [],
         }  # fmt: skip
         for k in track(range(1, N_SETS + 1), name):
             kept = out / f"{name}_set_{k}.json"
             if not kept.exists():
-                x, o = windows(case, (0, 1), max(N_ENDS), SEED + k, out / f"{name}_{k}", frames=True)[1:]
+                four = [
+                    frames_of(
+                        case, lam, max(N_ENDS) if lam in (0, 1) else N_BETWEEN, SEED + k, hydrogens,
+                        out / f"{name}_{k}_{lam:.3f}.npz",
+                    )
+                    for lam in (0.0, *between, 1.0)
+                ]  # fmt: skip
                 row: dict[str, Any] = {}
                 for n in N_ENDS:
-                    some = [v[:n] for v in x], [v[:n] for v in o]
+                    ends = four[0], four[-1]
+                    some = [v[0][:n] for v in ends], [v[1][:n] for v in ends]
                     for method, value in methods(
                         *some, SEED + k, correlated=True, atoms=case.perturbed
                     ).items():
                         row[f"{method}, {n} per end"] = value
-                x_b, o_b = windows(
-                    case, between, N_BETWEEN, SEED + 100 + k, out / f"{name}_between_{k}", frames=True
-                )[1:]
-                four = noisy_operator_bridge(
-                    [x[0][:N_BETWEEN], *x_b, x[1][:N_BETWEEN]], [o[0][:N_BETWEEN], *o_b, o[1][:N_BETWEEN]],
-                    (0.0, *between, 1.0), generator=np.random.default_rng(SEED + k), atoms=case.perturbed,
+                composite = noisy_operator_bridge(
+                    [v[0][:N_BETWEEN] for v in four], [v[1][:N_BETWEEN] for v in four], (0.0, *between, 1.0),
+                    generator=np.random.default_rng(SEED + k), atoms=case.perturbed,
                 )  # fmt: skip
-                row[f"bridge, 4 windows of {N_BETWEEN}"] = judged(four)
-                row[f"density, 4 windows of {N_BETWEEN}"] = (four.density.delta_f, four.density.d_delta_f)
+                density = composite.density
+                row[f"bridge, 4 windows of {N_BETWEEN}"] = judged(composite)
+                row[f"density, 4 windows of {N_BETWEEN}"] = (density.delta_f, density.d_delta_f)
+                row[f"MBAR, 4 windows of {N_BETWEEN}"] = mbar(
+                    (0.0, *between, 1.0), [v[1][:N_BETWEEN] for v in four]
+                )
                 write_json(kept, plain(row))
             found["sets"].append(json.loads(kept.read_text()))
             print(name, k, {m: np.round(v[:2], 2).tolist() for m, v in found["sets"][-1].items()
@@ -206,7 +224,7 @@ def alanine(name: str) -> Part:
     return run
 
 
-def draw(seed: int) -> tuple[AlanineCase, dict[str, Any]]:
+def draw(seed: int) -> tuple[AlanineCase, list[int], dict[str, Any]]:
     """A perturbation of alanine dipeptide: one to three hydrogens get drawn charges and sizes."""
     generator = np.random.default_rng(SEED + 5000 + seed)
     topology, positions, system_0 = alanine_dipeptide(restrain_phi=True)
@@ -231,7 +249,11 @@ def draw(seed: int) -> tuple[AlanineCase, dict[str, Any]]:
         name=f"random {seed}", topology=topology, positions=positions, system_0=system_0, system_1=system_1,
         perturbed=tuple(sorted((*changed, centre))), states=lambda_states(N_RANDOM_WINDOWS, power),
     )  # fmt: skip
-    return case, {"site": f"{residue} {', '.join(chosen)}", "q_sigma_epsilon": values}
+    return (
+        case,
+        [names[residue, h] for h in hydrogens],
+        {"site": f"{residue} {', '.join(chosen)}", "q_sigma_epsilon": values},
+    )
 
 
 def random(out: Path) -> dict[str, Any]:
@@ -240,12 +262,24 @@ def random(out: Path) -> dict[str, Any]:
     for seed in track(range(N_RANDOM), "random"):
         kept = out / f"random_{seed}.json"
         if not kept.exists():
-            case, what = draw(seed)
-            value = reference(case, N_RANDOM_REFERENCE, SEED + seed, out / f"random_{seed}_reference")
-            x, o = windows(
-                case, (0, 1), N_RANDOM_ENDS, SEED + 200 + seed, out / f"random_{seed}", frames=True
-            )[1:]
-            rows = methods(x, o, SEED + seed, correlated=True, atoms=case.perturbed)
+            case, hydrogens, what = draw(seed)
+            stem = out / f"random_{seed}"
+            value = reference(case, N_RANDOM_REFERENCE, SEED + seed, hydrogens, stem)
+            x, o = zip(
+                *(
+                    frames_of(
+                        case,
+                        lam,
+                        N_RANDOM_ENDS,
+                        SEED + 200 + seed,
+                        hydrogens,
+                        stem.with_name(f"random_{seed}_{lam}.npz"),
+                    )
+                    for lam in (0, 1)
+                ),
+                strict=True,
+            )
+            rows = methods(list(x), list(o), SEED + seed, correlated=True, atoms=case.perturbed)
             write_json(kept, plain({**what, "reference": value, "rows": rows}))
         found.append(json.loads(kept.read_text()))
         print(seed, found[-1]["reference"], found[-1]["rows"]["bridge"][:2], flush=True)
@@ -274,6 +308,11 @@ def row(method: str, values: Any, exact: Any) -> str:
     return text + f" {error.mean():.2f} | {', '.join(inside)} |"
 
 
+def verdict(gates: dict[str, float]) -> str:
+    """The audit's verdict of stored gates, by the thresholds of today."""
+    return Audit(tuple(judge(n, v, gates=BRIDGE_GATES) for n, v in gates.items())).verdict
+
+
 def runs(found: dict[str, Any]) -> list[tuple[str, int, float, float, Any]]:
     """(what, number, miss, error of the reference, audit) of every bridge."""
     out: list[tuple[str, int, float, float, Any]] = []
@@ -295,8 +334,8 @@ def audit_table(found: dict[str, Any]) -> list[str]:
     """Right or wrong against PASS or not; thresholds were set on the runs with an even number."""
     lines = [
         "## The audit", "",
-        "Wrong: |Delta f - reference| > max(1 kT, 3 SE of the reference). Thresholds were set on runs with an",
-        "even number; only the others count here. 95 % intervals (Wilson).", "",
+        "Wrong: |Delta f - reference| > max(1 kT, 3 SE of the reference). Thresholds were set on runs with",
+        "an even number; only the others count. 95 % intervals (Wilson).", "",
         "| runs | right, PASS | right, WARN | right, FAIL | wrong, PASS | wrong, WARN | wrong, FAIL |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -305,10 +344,10 @@ def audit_table(found: dict[str, Any]) -> list[str]:
         some = [r for r in every if r[1] % 2 == half]
         cells = []
         for wrong in (False, True):
-            these = [r[4]["verdict"] for r in some if (abs(r[2]) > max(1.0, 3 * r[3])) == wrong]
+            these = [verdict(r[4]["gates"]) for r in some if (abs(r[2]) > max(1.0, 3 * r[3])) == wrong]
             cells += [interval(these.count(v), len(these)) for v in ("PASS", "WARN", "FAIL")]
         lines.append(f"| {len(some)}, {label} | " + " | ".join(cells) + " |")
-    passed = [abs(r[2]) <= 1 for r in every if r[1] % 2 == 1 and r[4]["verdict"] == "PASS"]
+    passed = [abs(r[2]) <= 1 for r in every if r[1] % 2 == 1 and verdict(r[4]["gates"]) == "PASS"]
     lines += ["", f"Within 1 kT among PASS (odd runs): {interval(sum(passed), len(passed))}.", ""]
     return lines
 
@@ -347,7 +386,7 @@ def table(found: dict[str, Any]) -> list[str]:
         lines += [
             f"## Alanine {name}: {len(part['sets'])} independent runs", "",
             f"Reference: MBAR over {part['n_windows']} windows of {N_REFERENCE} frames, {value:.2f} +- "
-            f"{error:.2f}. Frames {INTERVAL / 1000:g} ps apart; the two windows between are at lambda {between}.",
+            f"{error:.2f}. Frames {INTERVAL / 1000:g} ps apart; two windows between at lambda {between}.",
             "",
         ]  # fmt: skip
         lines += HEAD + [row(m, [s[m] for s in part["sets"]], value) for m in part["sets"][0]] + [""]
@@ -366,9 +405,10 @@ def table(found: dict[str, Any]) -> list[str]:
         for d in draws:
             ref, bridge, bar = d["reference"], d["rows"]["bridge"], d["rows"]["BAR"]
             values = ", ".join(f"{v:.3g}" for v in d["q_sigma_epsilon"])
+            mbar, own = (f"{v[0]:.2f} +- {v[1]:.2f}" for v in (ref, bridge))
             lines.append(
-                f"| {d['site']} | {values} | {ref[0]:.2f} +- {ref[1]:.2f} | {bar[2]:.1g} | {bridge[0]:.2f} +- "
-                f"{bridge[1]:.2f} | {bar[0]:.2f} | {bridge[2]['verdict']} |"
+                f"| {d['site']} | {values} | {mbar} | {bar[2]:.1g} | {own} | {bar[0]:.2f} | "
+                f"{verdict(bridge[2]['gates'])} |"
             )
         lines.append("")
     return lines + audit_table(found)

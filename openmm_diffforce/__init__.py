@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .force import DiffusionForce as DiffusionForce
     from .force import force_from_manifest as force_from_manifest
     from .force import mix as mix
+    from .labels import fit_labels as fit_labels
     from .models.action import ActionModel as ActionModel
     from .models.action import AutogradAction as AutogradAction
     from .models.action import ScoreModel as ScoreModel
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .models.physics import PhysicalModel as PhysicalModel
     from .network_training import NetworkSettings as NetworkSettings
     from .network_training import fit_network as fit_network
+    from .pair_features import pair_splines as pair_splines
     from .reporters import DomainReporter as DomainReporter
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
@@ -59,6 +61,7 @@ _HOME = {
     "alanine_case": "alanine",
     "examine_model": "models.examine",
     "export_artefact": "artefact",
+    "fit_labels": "labels",
     "fit_network": "network_training",
     "fit_operator_density": "density",
     "fit_physical_model": "training",
@@ -69,6 +72,7 @@ _HOME = {
     "mix": "force",
     "model_fields": "models.action",
     "noisy_operator_bridge": "bridge",
+    "pair_splines": "pair_features",
     "run_expanded_ensemble": "exchange",
     "run_replica_exchange": "exchange",
     "run_windows": "windows",

@@ -1,6 +1,7 @@
 """Gates: whether to believe a free energy. A number, a threshold, a status, one sentence of advice.
 
-All thresholds are in :data:`GATES`. A FAIL of any gate is a FAIL of the number.
+All thresholds are in :data:`GATES` (density of the operator), :data:`BRIDGE_GATES` and :data:`LABEL_GATES`.
+A FAIL of any gate is a FAIL of the number.
 """
 
 import math
@@ -14,6 +15,7 @@ from .bridge import BridgeResult
 from .density import OperatorDensity, fit_operator_density
 from .errors import InputError
 from .estimate import MIN_OVERLAP, bar_between
+from .labels import LabelReadout
 
 Status = Literal["PASS", "WARN", "FAIL"]
 
@@ -91,6 +93,42 @@ BRIDGE_GATES: dict[str, Threshold] = {
 """Gates of the noisy operator bridge."""
 
 
+LABEL_GATES: dict[str, Threshold] = {
+    "independent frames per end": Threshold(
+        100.0, 20.0, "the less sampled end decides: sample it longer", larger_is_better=True
+    ),
+    "overlap of the ends": Threshold(
+        0.1, 0.03, "labels cannot tell how far apart the ends are: add an end between", larger_is_better=True
+    ),
+    "contested frames": Threshold(
+        100.0,
+        20.0,
+        "too few frames are in doubt, and they fix the size of g: sample longer, or take closer ends",
+        larger_is_better=True,
+    ),
+    "gain over chance [SE]": Threshold(
+        4.0,
+        2.0,
+        "the features do not see the labels: the ends are alike, or other features are needed",
+        larger_is_better=True,
+    ),
+    "calibration of the logit, |slope - 1|": Threshold(
+        0.15, 0.4, "the size of g is not what held-out labels say: more frames, or fewer features"
+    ),
+    "stated error [kT]": Threshold(0.25, 0.5, "sample longer"),
+    "spread over folds [kT]": Threshold(
+        0.25, 0.5, "parts of the runs disagree: something relaxes; equilibrate and sample longer"
+    ),
+    "clean against extrapolated [kT]": Threshold(
+        0.5, 1.0, "the curve does not lead to its clean end: less noise, or features that bend less"
+    ),
+    "spread of anchors [kT]": Threshold(
+        0.5, 1.0, "O - g differs between anchors: the labels taught another operator (or give two anchors)"
+    ),
+}
+"""Gates of a readout from labels; the last two where there is a curve, and where there are anchors."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """One gate, judged.
@@ -98,7 +136,7 @@ class Gate:
     Attributes
     ----------
     name : str
-        A key of :data:`GATES`.
+        A key of its table of gates.
     value : float
     threshold : str
     status : str
@@ -283,3 +321,51 @@ def audit_bridge(found: BridgeResult) -> Audit:
         "normalisation [kT]": max(abs(level.normalisation) - 2.0 * level.d_normalisation, 0.0),
     }
     return Audit(tuple(judge(name, value, gates=BRIDGE_GATES) for name, value in values.items()))
+
+
+def audit_labels(found: LabelReadout) -> Audit:
+    """Judge a :func:`openmm_diffforce.labels.fit_labels` by what it saw of itself.
+
+    Parameters
+    ----------
+    found : LabelReadout
+
+    Returns
+    -------
+    Audit
+        The curve is asked where there are two noised levels, anchors where there are any; a single
+        anchor has no spread, and fails.
+
+    Notes
+    -----
+    Whether the features can represent the operator shows in the anchors only, and only if they are
+    spread over both ends. Deterministic.
+
+    Examples
+    --------
+    >>> from openmm_diffforce.labels import fit_labels
+    >>> rng = np.random.default_rng(0)
+    >>> ends = rng.normal(0, 1, (2000, 1)), rng.normal(-2, 1, (2000, 1))
+    >>> audit_labels(fit_labels(*ends, generator=rng)).verdict
+    'PASS'
+    """
+    values = {
+        "independent frames per end": min(
+            n / g for n, g in zip(found.n_frames, found.inefficiency, strict=True)
+        ),
+        "overlap of the ends": found.overlap,
+        "contested frames": found.contested,
+        "gain over chance [SE]": found.gain / found.d_gain if found.d_gain > 0 else 0.0,
+        "calibration of the logit, |slope - 1|": abs(found.calibration - 1),
+        "stated error [kT]": found.d_centered,
+        "spread over folds [kT]": float(np.std(found.fold_centered, ddof=1)),
+    }
+    if found.extrapolated is not None:
+        clean = found.centered, found.scale
+        values["clean against extrapolated [kT]"] = float(
+            np.abs(np.subtract(found.extrapolated, clean)).max()
+        )
+    if found.delta_f is not None:
+        spread = found.anchor_spread
+        values["spread of anchors [kT]"] = math.nan if spread is None else spread
+    return Audit(tuple(judge(name, value, gates=LABEL_GATES) for name, value in values.items()))
