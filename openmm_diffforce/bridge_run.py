@@ -227,11 +227,11 @@ def bridge_record(
     return record
 
 
-def bridge_section(inputs: BridgeInputs, result: BridgeResult, *, with_work: bool = True) -> dict[str, Any]:
-    """``BridgeResult.to_dict()`` with plain BAR beside it; the work to 0.001 kT, or left out."""
+def bridge_section(inputs: BridgeInputs, result: BridgeResult) -> dict[str, Any]:
+    """``BridgeResult.to_dict()`` with plain BAR beside it; the work to 0.001 kT."""
     section = result.to_dict() | {"bar": _plain_bar(inputs), "noised": list(inputs.noised)}
     for name in ("work_forward", "work_reverse"):
-        section[name] = np.round(getattr(result, name), 3).tolist() if with_work else []
+        section[name] = np.round(getattr(result, name), 3).tolist()
     return section
 
 

@@ -21,10 +21,15 @@ from . import analysis
 from .alanine import TEMPERATURE, AlanineCase, alanine_case
 from .alchemy import lambda_states
 from .artefact import Artefact, export_artefact, load_artefact
+from .audit import audit_bridge
+from .bridge import noisy_operator_bridge
+from .bridge_figures import figures_of_bridge
+from .bridge_inputs import BridgeInputs
+from .bridge_run import METHOD, bridge_section
 from .config import DemoSettings
 from .constants import RECORD_FILE
-from .errors import InputError, ResumeError
-from .estimate import end_correction, estimate_free_energy, reweight, standard_score
+from .errors import ConvergenceError, InputError, ResumeError
+from .estimate import Estimate, end_correction, estimate_free_energy, reweight, standard_score
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import base_tables, outside_fraction
@@ -56,7 +61,12 @@ PAIRED_KT = 0.05
 FORCE_R2 = 0.99
 ACTION_R2 = 0.95
 JSD_EXCESS = 0.02
+BRIDGE_SE = 3.0
 """Thresholds of the demonstration's checks; the longer benchmarks use the same."""
+
+
+BRIDGE_FRAMES = 1000
+"""Frames of each end state that the bridge takes: more lie closer together than they take to decorrelate."""
 
 
 @dataclass
@@ -266,6 +276,13 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
            for name, x in last.items()}  # fmt: skip
     correction = end_correction(estimates["learned"], work_1=(gap["learned"], -gap["classical"]))
 
+    with timing.stage("bridge"), bar() as shown:
+        task = shown.add_task("bridge of the end states")
+        bridge, bridge_checks = bridge_ends(
+            case, frames, estimates["classical"].estimates["MBAR"], settings.seed + 5000,
+            lambda done, total: shown.update(task, completed=done, total=total),
+        )  # fmt: skip
+
     length = settings.base_frames * settings.base_interval * settings.timestep
     console.print(f"[bold]5/6[/] {length:.0f} ps on the learned base action alone")
     base_system = learned_base_system(case, artefact_path)
@@ -301,6 +318,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         _check("phi/psi divergence beyond that of two amber14 runs [nats]", excess,
                f"<= {JSD_EXCESS} at full length", excess <= JSD_EXCESS,
                "a run of this length is dominated by its own noise: see the benchmarks", warn=True),
+        *bridge_checks,
     ]  # fmt: skip
     figures = {
         "delta_f": analysis.delta_f_figure(
@@ -315,6 +333,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         ),
         "dhdl": analysis.dhdl_figure({name: _mean_dhdl(run.dHdl) for name, run in runs.items()}),
         "phi_psi": analysis.phi_psi_figure(angles, bins=36),
+        **(figures_of_bridge(bridge) if bridge else {}),
     }  # fmt: skip
     record = {
         "what": "demo",
@@ -347,6 +366,8 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         "paired": paired,
         "end_correction": correction.to_dict(),
         "base_action": base_action,
+        # The pictures have the work; a record of it is long.
+        "bridge": bridge and {**bridge, "work_forward": [], "work_reverse": []},
         "checks": checks,
         "provenance": make_record("demo", settings.model_dump(), seed=settings.seed,
                                   files={"artefact": artefact_path}),
@@ -357,6 +378,47 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     write_json(path, record)
     write_report(record, figures, folder / "report.html")
     return path
+
+
+def bridge_ends(
+    case: AlanineCase, frames: list[FloatArray], reference: Estimate, seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:  # fmt: skip
+    """Delta f a second time: from frames of the end states alone, without any window.
+
+    Returns
+    -------
+    bridge : dict or None
+        Section ``bridge`` of the record; None if the frames are too few for it.
+    checks : list of dict
+        The audit's verdict, and agreement with the windows.
+    """
+    taken = [x[:: max(1, len(x) // BRIDGE_FRAMES)] for x in frames]
+    inputs = BridgeInputs(
+        frames=tuple(taken), operators=tuple(case.pair.operator_values(x) for x in taken), lams=(0.0, 1.0),
+        atoms=case.perturbed, temperature=TEMPERATURE, n_atoms=len(case.positions), files={},
+        noised=tuple(a.name for a in case.topology.atoms() if a.index in case.perturbed),
+    )  # fmt: skip
+    name = f"{METHOD} of the end states: its own audit"
+    try:
+        result = noisy_operator_bridge(
+            inputs.frames, inputs.operators, generator=np.random.default_rng(seed), atoms=inputs.atoms,
+            n_copies=1, n_bootstrap=20, progress=progress,
+        )  # fmt: skip
+    except (InputError, ConvergenceError) as err:
+        return None, [{"name": name, "value": "not possible", "threshold": "PASS", "status": "WARN",
+                       "advice": str(err)}]  # fmt: skip
+    audit = audit_bridge(result)
+    apart = abs(standard_score(Estimate(METHOD, result.delta_f, result.d_delta_f, TEMPERATURE), reference))
+    worst = [g for g in audit.gates if g.status == audit.verdict and g.advice]
+    good = sum(g.status == "PASS" for g in audit.gates)
+    checks = [
+        {"name": name, "value": f"{good} of {len(audit.gates)} gates pass", "threshold": "PASS",
+         "status": audit.verdict, "advice": "; ".join(f"{g.name}: {g.advice}" for g in worst[:2])},
+        _check("bridge and classical windows, combined standard errors apart", apart, f"<= {BRIDGE_SE:g}",
+               apart <= BRIDGE_SE, "one of the two is wrong: read the gates of the bridge"),
+    ]  # fmt: skip
+    return bridge_section(inputs, result), checks
 
 
 def _fit_or_load(case: AlanineCase, train: list[FloatArray], settings: DemoSettings, path: Path) -> Artefact:
