@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,10 @@ def iterate_trajectory(
     top = topology if isinstance(topology, md.Topology) else os.fspath(topology)
     try:
         # Opened at once: a missing file is an error here, not at the first part.
-        with _quiet_stdout():
+        with _quiet():
             parts = md.iterload(os.fspath(path), chunk=chunk, top=top)
         while True:
-            with _quiet_stdout():
+            with _quiet():
                 part = next(parts, None)
             if part is None:
                 return
@@ -77,14 +77,22 @@ def iterate_trajectory(
         raise MissingDependencyError(f"{path}: mdtraj needs PyTables for it: pip install tables") from err
     except (OSError, ValueError, RuntimeError, TypeError) as err:
         raise InputError(
-            f"{path}: expected a trajectory of the atoms of its topology, found {' '.join(str(err).split())}."
+            f"{path}: expected a trajectory of the atoms of its topology, found "
+            f"{' '.join(str(err).split()):.200}."
         ) from err
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the remarks of mdtraj's readers off the terminal, on how to install PyTables too."""
+    with _quiet_stdout(), redirect_stderr(io.StringIO()):
+        yield
 
 
 def count_frames(path: str | os.PathLike[str]) -> int:
     """Frames in a trajectory, without reading them; 0 where the file does not say (for progress bars)."""
     try:
-        with _quiet_stdout(), md.open(os.fspath(path)) as handle:
+        with _quiet(), md.open(os.fspath(path)) as handle:
             return len(handle)
     except Exception:  # whatever is wrong with the file is said when it is read
         return 0

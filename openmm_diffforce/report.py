@@ -399,7 +399,7 @@ def _routes(record: Record, kT: float | None) -> list[dict[str, Any]]:
 def bridge_readouts(bridge: Bridge) -> list[dict[str, Any]]:
     """What the frames of a bridge give on the way: name, value, error [kT] and a note, simplest first."""
     rows = [
-        {"name": "two moments of O at the ends", "key": "readout", "value": bridge.readout.get("delta_f"),
+        {"name": "two moments of O", "key": "readout", "value": bridge.readout.get("delta_f"),
          "error": bridge.readout.get("d_delta_f"), "note": "no model; its assumption is not in the error"},
         {"name": "density of O", "key": "density", "value": bridge.density.get("delta_f"),
          "error": bridge.density.get("d_delta_f"), "note": "limit of infinite noise"},
@@ -677,6 +677,7 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
         "number": _number, "r2": _r2, "duration": _duration,
         "pm": lambda v: "n/a" if v is None else with_error(v.value, v.error),
         "pair": lambda pair: with_error(*pair),
+        "relation": lambda text: text.replace("<=", "≤").replace(">=", "≥"),
     }  # fmt: skip
     return environment.get_template("report.html.j2").render(
         record=content,

@@ -82,7 +82,7 @@ def test_help_names_every_command_and_is_fast() -> None:
         [sys.executable, "-m", "openmm_diffforce.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert time.monotonic() - start < 10  # importing torch alone takes longer on a busy machine
-    for command in ("demo", "doctor", "inspect", "windows", "estimate", "report"):
+    for command in ("demo", "doctor", "inspect", "windows", "estimate", "bridge", "audit", "ddf", "report"):
         assert f" {command} " in run.stdout
 
 
