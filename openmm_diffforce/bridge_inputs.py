@@ -33,6 +33,7 @@ MOST_NOISED = 300
 
 Evaluate = Callable[[FloatArray, FloatArray | None], FloatArray]
 Progress = Callable[[int, int], None]
+Trajectory = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,10 @@ class _Reader:
         self.evaluate, self.periodic = evaluate, periodic
         self.kept: list[int] | None = None
 
-    def state(self, path: Path, count: Callable[[int], None]) -> tuple[FloatArray, FloatArray]:
-        """Kept atoms of the chosen frames, and O on them (empty without ``evaluate``)."""
+    def state(self, paths: Sequence[Path], count: Callable[[int], None]) -> tuple[FloatArray, FloatArray]:
+        """Kept atoms of the chosen frames of one run, and O on them (empty without ``evaluate``)."""
         frames, operators, n = [], [np.zeros(0)], 0
-        for part in iterate_trajectory(path, self.topology):
+        for path, part in ((p, part) for p in paths for part in iterate_trajectory(p, self.topology)):
             index = np.arange(n, n + part.n_frames)
             chosen = part[(index >= self.skip) & ((index - self.skip) % self.stride == 0)]
             n += part.n_frames
@@ -205,7 +206,7 @@ class _Reader:
             count(part.n_frames)
         if not frames:
             raise InputError(
-                f"{path}: expected frames after the {self.skip} that are skipped, found {n} in all."
+                f"{paths[0]}: expected frames after the {self.skip} that are skipped, found {n} in all."
             )
         return np.concatenate(frames), np.concatenate(operators)
 
@@ -260,10 +261,10 @@ def _check_counts(skip: int, stride: int) -> None:
             raise InputError(f"{name}: expected an integer of at least {least}, found {number!r}.")
 
 
-def _counter(paths: Sequence[Path], progress: Progress | None) -> Callable[[int], None]:
+def _counter(segments: Sequence[Sequence[Path]], progress: Progress | None) -> Callable[[int], None]:
     if progress is None:
         return lambda n: None
-    total, done = sum(count_frames(p) for p in paths), 0
+    total, done = sum(count_frames(p) for paths in segments for p in paths), 0
     report = progress
 
     def count(n: int) -> None:
@@ -274,23 +275,33 @@ def _counter(paths: Sequence[Path], progress: Progress | None) -> Callable[[int]
     return count
 
 
-def _check_trajectories(trajectories: Sequence[Any], n_states: int, of: str) -> list[Path]:
-    paths = [Path(p) for p in trajectories]
-    if len(paths) != n_states:
-        raise InputError(f"trajectories: expected one for each of {n_states} states{of}, found {len(paths)}.")
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path}: expected a trajectory, found no such file.")
-    return paths
+def _check_trajectories(trajectories: Sequence[Trajectory], n_states: int, of: str) -> list[list[Path]]:
+    """Files of every state: one, or the segments of one run."""
+    found = [[Path(t)] if isinstance(t, str | os.PathLike) else [Path(p) for p in t] for t in trajectories]
+    if len(found) != n_states:
+        raise InputError(f"trajectories: expected one for each of {n_states} states{of}, found {len(found)}.")
+    for k, paths in enumerate(found):
+        if not paths:
+            raise InputError(
+                f"trajectories: expected a file or a list of segments for state {k}, found none."
+            )
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"{path}: expected a trajectory, found no such file.")
+    return found
 
 
-def _named(paths: Sequence[Path]) -> dict[str, Path]:
-    return {f"state {k}: {p.name}": p for k, p in enumerate(paths)}
+def _named(segments: Sequence[Sequence[Path]]) -> dict[str, Path]:
+    return {
+        f"state {k}: {p.name}" + (f" ({i + 1})" if len(paths) > 1 else ""): p
+        for k, paths in enumerate(segments)
+        for i, p in enumerate(paths)
+    }
 
 
 def inputs_from_systems(
     pair: EndStatePair,
-    trajectories: Sequence[str | os.PathLike[str]],
+    trajectories: Sequence[Trajectory],
     *,
     lams: Sequence[float] = (0.0, 1.0),
     topology: str | os.PathLike[str] | None = None,
@@ -304,8 +315,9 @@ def inputs_from_systems(
     Parameters
     ----------
     pair : EndStatePair
-    trajectories : sequence of path-like
-        What mdtraj reads (DCD, XTC, PDB, HDF5), in the order of ``lams``.
+    trajectories : sequence of path-like, or of sequences of them
+        What mdtraj reads (DCD, XTC, PDB, HDF5), in the order of ``lams``; a state may have several
+        segments of one run.
     lams : sequence of float
         Lambda of every trajectory: 0, 1 and windows of linear mixing between them.
     topology : path-like, optional
@@ -345,7 +357,7 @@ def inputs_from_systems(
         evaluate=lambda x, box: pair.operator_values(x, box=box),
     )  # fmt: skip
     count = _counter(paths, progress)
-    found = [reader.state(path, count) for path in paths]
+    found = [reader.state(segments, count) for segments in paths]
     files = _named(paths) | ({} if topology is None else {"topology": Path(topology)})
     return reader.inputs(
         frames=tuple(f[0] for f in found), operators=tuple(f[1] for f in found),
@@ -362,7 +374,7 @@ def _topology(path: Path) -> Any:
 
 def inputs_from_table(
     u_nk: str | os.PathLike[str],
-    trajectories: Sequence[str | os.PathLike[str]],
+    trajectories: Sequence[Trajectory],
     topology: str | os.PathLike[str],
     *,
     atoms: Sequence[int] | None = None,
@@ -406,13 +418,14 @@ def inputs_from_table(
     reader = _Reader(read_from, chosen, skip=skip, stride=stride)
     count = _counter(paths, progress)
     frames, operators = [], []
-    for path, lam, o in zip(paths, table.lams, table.operators, strict=True):
-        x = reader.state(path, count)[0]
+    for segments, lam, o in zip(paths, table.lams, table.operators, strict=True):
+        x = reader.state(segments, count)[0]
         taken = o[skip::stride]
         if len(x) != len(taken):
             raise InputError(
-                f"{path}: expected a frame for each of the {len(o)} rows of {u_nk} at lambda {lam:.4g}, "
-                f"found {len(x)} frames where {len(taken)} rows are taken (skip {skip}, stride {stride})."
+                f"{segments[0]}: expected a frame for each of the {len(o)} rows of {u_nk} at lambda "
+                f"{lam:.4g}, found {len(x)} frames where {len(taken)} rows are taken (skip {skip}, "
+                f"stride {stride})."
             )
         frames.append(x)
         operators.append(taken)

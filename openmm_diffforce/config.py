@@ -242,9 +242,10 @@ class BridgeSettings(Settings):
     run: Path | None = Field(default=None, description="instead: folder of a run of lambda windows")
     arrays: Path | None = Field(default=None, description="instead: .npz with x_0, x_1 [nm], o_0, o_1 [kT]")
     topology: Path | None = Field(default=None, description="PDB file of the trajectories")
-    trajectories: tuple[Path, ...] | None = Field(
-        default=None, min_length=2, description="DCD, XTC, PDB or HDF5, one for each lambda"
-    )
+    trajectories: tuple[Path | tuple[Path, ...], ...] | None = Field(
+        default=None, min_length=2,
+        description="DCD, XTC, PDB or HDF5 for each lambda, or the list of one run's segments",
+    )  # fmt: skip
     lams: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(0.0, 1.0), min_length=2, description="lambda of each trajectory (system only)"
     )
@@ -446,9 +447,15 @@ def _absolute(settings: _Model, folder: Path) -> _Model:
             changes[name] = folder / value
         elif isinstance(value, Settings):
             changes[name] = _absolute(value, folder)
-        elif isinstance(value, tuple) and value and isinstance(value[0], Path):
-            changes[name] = tuple(folder / v for v in value)
+        elif isinstance(value, tuple):
+            changes[name] = _absolute_paths(value, folder)
     return settings.model_copy(update=changes)
+
+
+def _absolute_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_absolute_paths(v, folder) for v in value)
+    return folder / value if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)

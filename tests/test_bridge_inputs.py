@@ -95,6 +95,20 @@ def test_chunks_do_not_change_frames(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.frames[0], x[3::7], atol=1e-6)
 
 
+def test_segments_are_one_run(tmp_path: Path) -> None:
+    x, topology = tiny.frames()[0][:60], tiny.case().topology
+    for name, part in (("a", x[:25]), ("b", x[25:]), ("all", x)):
+        trajectory_of(part, topology).save_dcd(str(tmp_path / f"{name}.dcd"))
+    found = inputs_from_systems(
+        tiny.case().pair, [[tmp_path / "a.dcd", tmp_path / "b.dcd"], tmp_path / "all.dcd"], skip=3, stride=2
+    )
+    np.testing.assert_array_equal(found.frames[0], found.frames[1])
+    np.testing.assert_array_equal(found.operators[0], found.operators[1])
+    assert len(found.files) == 3
+    with pytest.raises(InputError, match="list of segments for state 0, found none"):
+        inputs_from_systems(tiny.case().pair, [[], tmp_path / "all.dcd"])
+
+
 def test_constrained_atoms_are_not_noised() -> None:
     case = alanine_case("F1")
     pairs = []
