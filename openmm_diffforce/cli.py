@@ -452,7 +452,10 @@ def sample(project: Project, quiet: Quiet = False, as_json: AsJson = False) -> N
     from .project import sample_project
 
     run = sample_project(load_settings(project, ProjectSettings), progress=not (quiet or as_json))
-    _say_run(run, f"diffforce fit {project}", quiet, as_json)
+    then = f"diffforce fit {project}"
+    if len(run.states) == 2:
+        then += f", or diffforce bridge {project} (Delta f from these frames)"
+    _say_run(run, then, quiet, as_json)
 
 
 @app.command()

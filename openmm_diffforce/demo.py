@@ -207,7 +207,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     frames = []
     ps = settings.interval * settings.timestep
     console.print(
-        f"[bold]1/6[/] sampling both ends: {n_train} + {settings.n_test} frames, "
+        f"[bold]1/7[/] sampling both ends: {n_train} + {settings.n_test} frames, "
         f"{ps * (n_train + settings.n_test):.0f} ps each"
     )
     ends = []
@@ -225,7 +225,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     train = [x[:n_train] for x in frames]
     test = (frames[0][n_train:], frames[1][n_train:])
 
-    console.print("[bold]2/6[/] fitting base action and operator at every noise level")
+    console.print("[bold]2/7[/] fitting base action and operator at every noise level")
     artefact_path = folder / ARTEFACT_FILE
     with timing.stage("fit"), console.status("score matching and regression"):
         artefact = _fit_or_load(case, train, settings, artefact_path)
@@ -242,7 +242,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     write_json(folder / "force.json", learned_force.manifest())
     runs, estimates = {}, {}
     for step, name in ((3, "classical"), (4, "learned")):
-        console.print(f"[bold]{step}/6[/] {len(states)} windows of {window_ps:.0f} ps, {name} operator")
+        console.print(f"[bold]{step}/7[/] {len(states)} windows of {window_ps:.0f} ps, {name} operator")
         learned = name == "learned"
         with timing.stage(f"{name} windows"):
             runs[name] = run_windows(
@@ -276,6 +276,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
            for name, x in last.items()}  # fmt: skip
     correction = end_correction(estimates["learned"], work_1=(gap["learned"], -gap["classical"]))
 
+    console.print("[bold]5/7[/] bridge between the end states, without windows")
     with timing.stage("bridge"), bar() as shown:
         task = shown.add_task("bridge of the end states")
         bridge, bridge_checks = bridge_ends(
@@ -284,7 +285,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         )  # fmt: skip
 
     length = settings.base_frames * settings.base_interval * settings.timestep
-    console.print(f"[bold]5/6[/] {length:.0f} ps on the learned base action alone")
+    console.print(f"[bold]6/7[/] {length:.0f} ps on the learned base action alone")
     base_system = learned_base_system(case, artefact_path)
     with timing.stage("base action"), bar() as shown:
         task = shown.add_task("learned dynamics", total=settings.base_frames)
@@ -297,7 +298,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         base_action, angles = _judge_base(case, artefact, base_system, base_x, frames[0], settings)
     base_action["length_ps"] = length
 
-    console.print("[bold]6/6[/] figures and report")
+    console.print("[bold]7/7[/] figures and report")
     agreement = abs(
         standard_score(estimates["learned"].estimates["MBAR"], estimates["classical"].estimates["MBAR"])
     )
