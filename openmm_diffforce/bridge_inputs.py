@@ -87,7 +87,7 @@ def noised_atoms(pair: EndStatePair) -> tuple[int, ...]:
     (10, 11)
     """
     try:
-        seen = pair.perturbed_atoms
+        seen = pair.changed_atoms
     except IncompatibleSystemError as err:
         raise InputError(f"atoms: expected the atoms that change, to noise them; {err}") from err
     fixed = {*pair.constrained_atoms, *virtual_sites(pair.system_0), *massless_atoms(pair.system_0)}

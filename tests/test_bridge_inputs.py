@@ -124,17 +124,30 @@ def test_constrained_atoms_are_not_noised() -> None:
         noised_atoms(pairs[1])
 
 
-def test_bonded_changes_ask_for_atoms(folder: Path) -> None:
+def test_bonded_changes_are_seen_too(folder: Path) -> None:
     case = tiny.case()
     system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(case.system_0))
     bonds = next(f for f in system.getForces() if isinstance(f, openmm.HarmonicBondForce))
     a, b, r, k = bonds.getBondParameters(0)
     bonds.setBondParameters(0, a, b, r, 1.1 * k)
     pair = EndStatePair(case.system_0, system, case.topology, 300.0)
-    with pytest.raises(InputError, match="atoms: expected the atoms that change"):
-        inputs_from_systems(pair, [folder / "0.dcd", folder / "1.dcd"])
+    found = inputs_from_systems(pair, [folder / "0.dcd", folder / "1.dcd"])
+    assert found.atoms == tuple(sorted((a, b)))
     found = inputs_from_systems(pair, [folder / "0.dcd", folder / "1.dcd"], atoms=[4])
     assert found.atoms == (4,)
+
+
+def test_other_forces_that_differ_ask_for_atoms(folder: Path) -> None:
+    case = tiny.case()
+    system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(case.system_0))
+    pull = openmm.CustomExternalForce("x")
+    pull.addParticle(3)
+    system.addForce(pull)
+    pair = EndStatePair(case.system_0, system, case.topology, 300.0)
+    with pytest.raises(InputError, match=r"atoms: expected the atoms that change.*CustomExternalForce"):
+        inputs_from_systems(pair, [folder / "0.dcd", folder / "1.dcd"])
+    found = inputs_from_systems(pair, [folder / "0.dcd", folder / "1.dcd"], atoms=[3])
+    np.testing.assert_allclose(found.operators[0] * pair.kT, found.frames[0][:, 3, 0], atol=1e-6)
 
 
 # ----------------------------------------------------------------------------- periodic frames
