@@ -402,7 +402,7 @@ def _work_diagnostics(work: FloatArray, delta_f: float, data: _Frames, bins: Int
         share = np.exp(log_w - logsumexp(log_w))
         ess = 1.0 / float((share**2).sum()) / mine.sum()
         n_independent = float(data.weight[mine].sum())
-        sizes.append(ess * n_independent)
+        sizes.append(float(ess * n_independent))
         if state == 0:
             out["normalisation"] = mean + delta_f
             out["d_normalisation"] = math.sqrt(max(1.0 / ess - 1.0, 0.0) / n_independent)
