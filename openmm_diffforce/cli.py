@@ -850,13 +850,15 @@ def _print_bridge(run: Any, *, insist: bool, quiet: bool) -> None:
     for k, level in enumerate(result.levels):
         table.add_row(
             Text("*" if k == result.chosen else ""), f"{level.sigma:.3g}",
-            Text(with_error(level.delta_f, level.d_delta_f)), f"{level.overlap:.3f}", f"{level.ess:.0f}",
+            Text(with_error(level.delta_f, level.d_delta_f)), f"{level.overlap:.3f}", f"{level.ess:.3g}",
             f"{level.r_squared:.2f}", style="bold" if k == result.chosen else "",
         )  # fmt: skip
     console.print(table)
     if not withheld:
         console.print(headline)
     _print_audit(run.audit)
+    if run.audit.verdict != "PASS":
+        console.print(f"A window between would tell most at lambda {result.density.next_lam:.2g}.")
     if withheld:
         console.print("Delta f is withheld, because gates failed; --insist shows it.", style=STYLES["FAIL"])
 

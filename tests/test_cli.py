@@ -364,6 +364,7 @@ def test_a_failed_audit_withholds_the_number(bridges: dict[str, Any]) -> None:
     assert result.exit_code == 0, result.output
     assert "noisy operator bridge" not in result.stdout
     assert "Delta f is withheld" in result.stdout
+    assert "A window between would tell most at lambda 0." in result.stdout
     assert "headline" not in json.loads((folder / "far" / "bridge.json").read_text())
     page = (folder / "far" / "report.html").read_text()
     assert ">withheld<" in page
@@ -379,6 +380,16 @@ def test_insisting_shows_the_number(bridges: dict[str, Any], tmp_path: Path) -> 
     assert record["provenance"]["seed"] == 3
     assert "because you insisted" in record["verdict"]["text"]
     assert "headline" in record
+
+
+def test_quiet_is_the_number_and_its_verdict(bridges: dict[str, Any], tmp_path: Path) -> None:
+    out = invoke("bridge", bridges["folder"] / "near.yaml", "--quiet", "--out", tmp_path).stdout
+    assert "noisy operator bridge" in out
+    assert out.endswith("Audit: PASS\n")
+    assert "sigma" not in out
+    near = bridges["folder"] / "near"
+    assert "leg" in invoke("ddf", near, near, "--quiet").stdout
+    assert "PASS first" not in invoke("ddf", near, near, "--quiet").stdout
 
 
 def test_bridge_json(bridges: dict[str, Any], tmp_path: Path) -> None:

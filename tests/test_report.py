@@ -355,11 +355,14 @@ def test_a_bridge_is_a_page(tmp_path: Path) -> None:
 def test_a_withheld_number_is_said_to_be(tmp_path: Path) -> None:
     record = a_bridge_record()
     del record["headline"]
+    record["checks"][0] |= {"status": "FAIL", "advice": "add a window"}
+    record["bridge"]["density"]["next_lam"] = 0.125
     record["bridge"]["bar"]["overlap"] = 1e-9
     record["bridge"]["work_forward"] = []
     text = Page(render_report(record)).text
     assert "withheld" in text
     assert "not to be trusted" in text
+    assert "it would tell most at λ = 0.12" in text
     write_json(tmp_path / "bridge.json", record)
     assert report_from_record(tmp_path / "bridge.json").read_text().count("data:image/png;base64,") == 4
 
