@@ -28,7 +28,7 @@ from .units import thermal_energy
 MOST_KEPT = 150
 """Atoms of a frame that are kept: those that come closest to the noised ones."""
 
-MOST_NOISED = 300
+MOST_NOISED = 60
 """Without the Systems nothing says which atoms change: of larger molecules the caller must."""
 
 Evaluate = Callable[[FloatArray, FloatArray | None], FloatArray]

@@ -253,7 +253,7 @@ class BridgeSettings(Settings):
         default=(0.0, 1.0), min_length=2, description="lambda of each trajectory (system only)"
     )
     temperature: Positive | None = Field(
-        default=None, description="K; 300 if absent and the input does not say"
+        default=None, description="K; u_nk and run know theirs; alanine and arrays: 300 if absent"
     )
     skip: int = Field(default=0, ge=0, description="frames left out at the start of every trajectory")
     stride: Count = Field(default=1, description="every how many frames one is taken")
@@ -292,6 +292,10 @@ class BridgeSettings(Settings):
         brings_own = self.system is not None and self.system.alanine is not None
         if self.topology is None and not brings_own:
             raise ValueError(f"topology: expected a PDB file beside {kind}, found none")
+        if self.temperature is None and kind == "system" and not brings_own:
+            raise ValueError(
+                "temperature: expected that of the trajectories [K], found none; O depends on it"
+            )
         return self
 
 

@@ -23,7 +23,7 @@ from openmm_diffforce.alanine import TEMPERATURE, alanine_case
 from openmm_diffforce.alchemy import EndStatePair, lambda_states, perturb_nonbonded
 from openmm_diffforce.analysis import jensen_shannon, load_trajectory, phi_psi, trajectory_of
 from openmm_diffforce.artefact import export_artefact, load_artefact
-from openmm_diffforce.bridge_inputs import inputs_from_run, inputs_from_systems
+from openmm_diffforce.bridge_inputs import inputs_from_run, inputs_from_systems, inputs_from_table
 from openmm_diffforce.bridge_run import bridge_settings, run_bridge
 from openmm_diffforce.config import BridgeSettings, DemoSettings, check_settings
 from openmm_diffforce.errors import (
@@ -584,6 +584,20 @@ BRIDGES: dict[str, tuple[Case, type[Exception], str]] = {
         InputError,
         "trajectories: expected one for each state beside system",
     ),
+    "Systems without a temperature": (
+        lambda _: check_settings(
+            BridgeSettings,
+            {"system": {"end_states": ["a", "b"]}, "topology": "t.pdb", "trajectories": ["a", "b"]},
+            "b.yaml",
+        ),
+        InputError,
+        "temperature: expected that of the trajectories",
+    ),
+    "large molecule without atoms": (
+        lambda p: inputs_from_table(_a_table(p), [p / "a.dcd"] * 2, _a_large_molecule(p)),
+        InputError,
+        "atoms: expected the atoms that change",
+    ),
     "windows without their lambda": (
         lambda _: check_settings(
             BridgeSettings, {"system": {"alanine": "F1"}, "trajectories": ["a", "b", "c"]}, "b.yaml"
@@ -599,6 +613,24 @@ BRIDGES: dict[str, tuple[Case, type[Exception], str]] = {
         "t.pdb",
     ),
 }
+
+
+def _a_table(folder: Path) -> Path:
+    table().to_parquet(folder / "u_nk.parquet")
+    return folder / "u_nk.parquet"
+
+
+def _a_large_molecule(folder: Path) -> Path:
+    import mdtraj
+
+    topology = mdtraj.Topology()
+    residue = topology.add_residue("BIG", topology.add_chain())
+    for k in range(100):
+        topology.add_atom(f"C{k}", mdtraj.element.carbon, residue)
+    trajectory = mdtraj.Trajectory(np.zeros((1, 100, 3)), topology)
+    trajectory.save_dcd(str(folder / "a.dcd"))
+    trajectory.save_pdb(str(folder / "a.pdb"))
+    return folder / "a.pdb"
 
 
 def _other_trajectory(folder: Path) -> Path:

@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SOURCES = {
-    "Systems": "system: {end_states: [0.xml, 1.xml]}\ntopology: top.pdb\ntrajectories: [0.dcd, 1.dcd]\n",
+    "Systems": "system: {end_states: [0.xml, 1.xml]}\ntopology: top.pdb\n"
+    "trajectories: [0.dcd, 1.dcd]\ntemperature: 300\n",
     "alanine": "system: {alanine: F1}\ntrajectories: [0.dcd, 1.dcd]\ntemperature: 300\n",
     "segments": "system: {alanine: F1}\ntrajectories: [[0.dcd], 1.dcd]\n",
     "table": "u_nk: run/u_nk.parquet\ntopology: top.pdb\natoms: [10, 11]\n"
@@ -78,8 +79,9 @@ def test_the_tables_temperature_is_the_runs(folder: Path) -> None:
 
 def test_one_system_is_no_pair(folder: Path) -> None:
     settings = BridgeSettings(
-        system={"xml": folder / "0.xml"}, topology=folder / "top.pdb", trajectories=(folder / "0.dcd",) * 2
-    )
+        system={"xml": folder / "0.xml"}, topology=folder / "top.pdb", trajectories=(folder / "0.dcd",) * 2,
+        temperature=300.0,
+    )  # fmt: skip
     with pytest.raises(InputError, match="expected two end states, found one System"):
         read_inputs(settings)
 
