@@ -430,13 +430,18 @@ def init(
     forcefield: Annotated[
         list[str] | None, typer.Option(help="OpenMM force-field file for the PDB file; repeat for more.")
     ] = None,
+    for_bridge: Annotated[
+        bool, typer.Option("--bridge", help="A file for diffforce bridge: you have trajectories already.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a commented project file for your own molecule (or for alanine dipeptide)."""
     from .config import (
+        BridgeSettings,
         ProjectSettings,
         SystemSettings,
+        bridge_template,
         check_settings,
         load_settings,
         project_template,
@@ -466,9 +471,14 @@ def init(
     source: Any = "F1"
     if named:
         # Files that are missing or do not fit are found here, not after the file was edited.
-        read_system(check_settings(SystemSettings, {named[0]: given[named[0]]}, "init"), topology, 300.0)
+        parts = read_system(
+            check_settings(SystemSettings, {named[0]: given[named[0]]}, "init"), topology, 300.0
+        )
+        if for_bridge and parts.pair is None:
+            raise InputError("init: expected two end states for a bridge, found one System.")
         source = [v if named[0] == "forcefield" else seen_from_file(v) for v in given[named[0]] or ()]
-    text = project_template(
+    template = bridge_template if for_bridge else project_template
+    text = template(
         named[0] if named else "alanine", source, None if topology is None else seen_from_file(topology)
     )
     try:
@@ -476,12 +486,14 @@ def init(
             temporary.write_text(text, encoding="utf-8")
     except OSError as err:
         raise InputError(f"{file}: cannot be written ({err.strerror}).") from err
-    load_settings(file, ProjectSettings)
+    load_settings(file, BridgeSettings if for_bridge else ProjectSettings)
     if as_json:
-        typer.echo(json.dumps({"project": str(file)}, indent=1))
+        typer.echo(json.dumps({"bridge" if for_bridge else "project": str(file)}, indent=1))
         return
     typer.echo(file)
-    if not quiet:
+    if not quiet and for_bridge:
+        typer.echo(f"Now: name your trajectories in it, then diffforce bridge {file}")
+    elif not quiet:
         typer.echo(f"Now: diffforce sample {file}")
 
 

@@ -574,6 +574,38 @@ _SOURCES = {
 }
 
 
+def _flow(content: Any) -> str:
+    return yaml.safe_dump(content, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+
+
+def bridge_template(source: str, value: Any, topology: str | None) -> str:
+    """The text of a commented file for the bridge; arguments as for :func:`project_template`.
+
+    Examples
+    --------
+    >>> print(bridge_template("alanine", "F1", None).splitlines()[2])
+    system: {alanine: F1}  # alanine dipeptide in vacuum, built in: F1, Br3 or I3
+    """
+    lines = [
+        "# Delta F from two end states: diffforce bridge FILE.",
+        "# Paths are relative to this file. Keys behind a # follow from the data, or are for another source.",
+    ]
+    shown: dict[str, Any] = {
+        "system": {source: value}, "topology": topology, "trajectories": ["state_0.dcd", "state_1.dcd"],
+        "lams": [0.0, 1.0], "temperature": 300.0,
+    }  # fmt: skip
+    others = {"u_nk": "u_nk.parquet", "run": "windows", "arrays": "frames.npz", "topology": "start.pdb",
+              "atoms": [0, 1], "sigmas": [0.003, 0.01, 0.03]}  # fmt: skip
+    for name, field in BridgeSettings.model_fields.items():
+        text = _SOURCES[source] if name == "system" else field.description
+        content = shown.get(name, field.default)
+        if content is None:
+            lines.append(f"# {name}: {_flow(others[name])}  # {text}")
+        else:
+            lines.append(f"{name}: {_flow(str(content) if isinstance(content, Path) else content)}  # {text}")
+    return "\n".join(lines) + "\n"
+
+
 def project_template(source: str, value: Any, topology: str | None) -> str:
     """The text of a commented project file: every key, its default, and what it means.
 
@@ -592,11 +624,6 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
     system: {alanine: F1}  # alanine dipeptide in vacuum, built in: F1, Br3 or I3
     """
 
-    def flow(content: Any) -> str:
-        return (
-            yaml.safe_dump(content, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
-        )
-
     lines = [
         "# A project of openmm_diffforce: diffforce sample, fit, simulate, windows (in this order).",
         "# Paths are relative to this file. Every key may be left out but system and topology.",
@@ -604,11 +631,11 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
     single = source == "forcefield" or (source == "prmtop" and len(value) == 1)
     for name, field in ProjectSettings.model_fields.items():
         if name == "system":
-            lines.append(f"system: {flow({source: value})}  # {_SOURCES[source]}")
+            lines.append(f"system: {_flow({source: value})}  # {_SOURCES[source]}")
             continue
         if name == "topology":
             if topology is not None:
-                lines.append(f"topology: {flow(topology)}  # {field.description}")
+                lines.append(f"topology: {_flow(topology)}  # {field.description}")
             continue
         if name == "restrain_phi" and source != "alanine":
             continue
@@ -619,7 +646,7 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
             shown = str(default) if isinstance(default, Path) else default
             if name == "restrain_phi":
                 shown = True
-            lines.append(f"{name}: {flow(shown)}  # {field.description}")
+            lines.append(f"{name}: {_flow(shown)}  # {field.description}")
             continue
         lines += ["", f"{name}:  # {(type(default).__doc__ or '').splitlines()[0]}"]
         for key, part in type(default).model_fields.items():
@@ -630,7 +657,7 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
                 part.description
                 or "evenly spread, lambda = (k/(n-1))^power; or a list of {diffforce_lambda: value}"
             )
-            lines.append(f"  {key}: {flow(inner)}  # {text}")
+            lines.append(f"  {key}: {_flow(inner)}  # {text}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and how."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import openmm_diffforce
 from openmm_diffforce import cli
 from openmm_diffforce.artefact import export_artefact
+from openmm_diffforce.config import BridgeSettings, load_settings
 from openmm_diffforce.errors import InputError, MissingDependencyError
 from openmm_diffforce.models.action import ActionModel
 from openmm_diffforce.models.graph import MolecularGraph
@@ -431,6 +433,21 @@ def test_two_legs(bridges: dict[str, Any]) -> None:
     bad = invoke("ddf", near, far)
     assert (bad.exit_code, "withheld" in bad.stdout, "first - second" in bad.stdout) == (4, True, False)
     assert "first - second" in invoke("ddf", near, far, "--insist").stdout
+
+
+def test_init_writes_a_file_for_a_bridge(tmp_path: Path) -> None:
+    result = invoke("init", tmp_path / "b.yaml", "--bridge")
+    assert result.exit_code == 0, result.output
+    assert "then diffforce bridge" in result.stdout
+    settings = load_settings(tmp_path / "b.yaml", BridgeSettings)
+    assert settings.trajectories == (tmp_path / "state_0.dcd", tmp_path / "state_1.dcd")
+    text = (tmp_path / "b.yaml").read_text()
+    # Every key is there, and what is behind a # may be put before it.
+    assert set(re.findall(r"^(?:# )?(\w+): ", text, re.MULTILINE)) >= set(BridgeSettings.model_fields)
+    (tmp_path / "c.yaml").write_text(re.sub(r"^# (atoms|sigmas)", r"\1", text, flags=re.MULTILINE))
+    assert load_settings(tmp_path / "c.yaml", BridgeSettings).atoms == (0, 1)
+    missing = invoke("bridge", tmp_path / "b.yaml")
+    assert (missing.exit_code, "state_0.dcd: expected a trajectory" in missing.stderr) == (1, True)
 
 
 def test_bridge_of_a_project_noises_what_changes(tmp_path: Path) -> None:
