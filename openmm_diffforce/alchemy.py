@@ -188,6 +188,40 @@ class EndStatePair:
             )
         return tuple(sorted(found))
 
+    @property
+    def changed_atoms(self) -> tuple[int, ...]:
+        """Atoms of every term that differs: nonbonded parameters, bonds, angles, torsions.
+
+        Where only nonbonded parameters differ these are :attr:`perturbed_atoms`.
+
+        Raises
+        ------
+        IncompatibleSystemError
+            If a force of another kind differs, or nothing does.
+        """
+        found: set[int] = set()
+        for force_0, force_1 in _matched_forces(self.system_0, self.system_1):
+            if force_0 is not None and force_1 is not None and _equal(force_0, force_1):
+                continue
+            name = force_type(force_0 or force_1)
+            if name in _BONDED:
+                terms = [
+                    Counter(_bonded_terms(f, *_BONDED[name][:2])) if f is not None else Counter()
+                    for f in (force_0, force_1)
+                ]
+                found |= {a for term in (terms[0] - terms[1]) | (terms[1] - terms[0]) for a in term[0]}
+            elif name == "NonbondedForce" and force_0 is not None and force_1 is not None:
+                found |= _changed_nonbonded(force_0, force_1)
+            elif name not in BOOKKEEPING_FORCES:
+                raise IncompatibleSystemError(
+                    f"end states: {name} differs, which does not say what atoms change; say which."
+                )
+        if not found:
+            raise IncompatibleSystemError(
+                "end states: no atom's parameters differ; are the two Systems the same?"
+            )
+        return tuple(sorted(found))
+
     def reduced_potentials(
         self, x_nad: Any, *, box: Any = None, platform: str | None = "Reference"
     ) -> FloatArray:
@@ -436,6 +470,22 @@ def _bonded_terms(force: Any, what: str, n_atoms: int) -> list[tuple[tuple[int, 
             for v in fields[n_atoms:]
         )
         found.append((tuple(int(a) for a in fields[:n_atoms]), values))
+    return found
+
+
+def _changed_nonbonded(force_0: Any, force_1: Any) -> set[int]:
+    """Atoms with other parameters of their own, and pairs of exceptions that none of them explains."""
+    found = {
+        i for i in range(force_0.getNumParticles())
+        if force_0.getParticleParameters(i) != force_1.getParticleParameters(i)
+    }  # fmt: skip
+    exceptions: list[dict[frozenset[int], tuple[float, ...]]] = []
+    for force in (force_0, force_1):
+        rows = [force.getExceptionParameters(i) for i in range(force.getNumExceptions())]
+        exceptions.append({frozenset((int(r[0]), int(r[1]))): tuple(v._value for v in r[2:]) for r in rows})
+    for pair in exceptions[0].keys() | exceptions[1].keys():
+        if not pair & found and exceptions[0].get(pair) != exceptions[1].get(pair):
+            found |= pair
     return found
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,66 @@ def load_trajectory(path: str | os.PathLike[str], topology: str | os.PathLike[st
             return md.load(os.fspath(path), top=os.fspath(topology))
     except (OSError, ValueError, RuntimeError, TypeError) as err:
         raise InputError(f"{path}: expected a trajectory of the atoms in {topology}, found {err}.") from err
+
+
+def iterate_trajectory(
+    path: str | os.PathLike[str], topology: Any, *, chunk: int = 100
+) -> Iterator[md.Trajectory]:
+    """A trajectory of any format that mdtraj reads, part by part.
+
+    Parameters
+    ----------
+    path : path-like
+        DCD, XTC, PDB, HDF5, ...
+    topology : path-like or mdtraj.Topology
+    chunk : int
+        Frames in a part.
+
+    Yields
+    ------
+    mdtraj.Trajectory
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, or they have different atoms.
+    MissingDependencyError
+        For HDF5 without PyTables.
+    """
+    top = topology if isinstance(topology, md.Topology) else os.fspath(topology)
+    try:
+        # Opened at once: a missing file is an error here, not at the first part.
+        with _quiet():
+            parts = md.iterload(os.fspath(path), chunk=chunk, top=top)
+        while True:
+            with _quiet():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+    except ImportError as err:
+        raise MissingDependencyError(f"{path}: mdtraj needs PyTables for it: pip install tables") from err
+    except (OSError, ValueError, RuntimeError, TypeError) as err:
+        raise InputError(
+            f"{path}: expected a trajectory of the atoms of its topology, found "
+            f"{' '.join(str(err).split()):.200}."
+        ) from err
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the remarks of mdtraj's readers off the terminal, on how to install PyTables too."""
+    with _quiet_stdout(), redirect_stderr(io.StringIO()):
+        yield
+
+
+def count_frames(path: str | os.PathLike[str]) -> int:
+    """Frames in a trajectory, without reading them; 0 where the file does not say (for progress bars)."""
+    try:
+        with _quiet(), md.open(os.fspath(path)) as handle:
+            return len(handle)
+    except Exception:  # whatever is wrong with the file is said when it is read
+        return 0
 
 
 @contextmanager
@@ -505,7 +565,8 @@ def _inefficiency(series: FloatArray) -> float:
     return float(timeseries.statistical_inefficiency(series))
 
 
-def _new_figure(n_columns: int = 1, *, width: float = 4.5, height: float = 3.6) -> tuple[Any, Any]:
+def new_figure(n_columns: int = 1, *, width: float = 4.5, height: float = 3.6) -> tuple[Any, Any]:
+    """A Figure and its row of axes; ``width`` is that of one."""
     try:
         from matplotlib.figure import Figure
     except ImportError as err:
@@ -557,7 +618,7 @@ def overlap_figure(overlap: Any, states: Sequence[Any] | None = None, *, gate: f
         raise InputError(f"overlap: expected a finite square matrix, found {matrix.shape}.")
     n = len(matrix)
     size = max(3.6, 0.38 * n + 1.6)
-    figure, (axes,) = _new_figure(width=size + 0.6, height=size)
+    figure, (axes,) = new_figure(width=size + 0.6, height=size)
     image = axes.imshow(matrix, cmap="viridis", vmin=0.0, vmax=max(0.5, float(matrix.max())))
     figure.colorbar(image, ax=axes, label="overlap", shrink=0.8)
     for i in range(n):
@@ -617,7 +678,7 @@ def phi_psi_figure(
             f = -np.log(p)
         surfaces[name] = f - f[p > 0].min()
     top = max(float(f[np.isfinite(f)].max()) for f in surfaces.values())
-    figure, all_axes = _new_figure(len(surfaces), width=3.6)
+    figure, all_axes = new_figure(len(surfaces), width=3.6)
     image = None
     for axes, (name, f) in zip(all_axes, surfaces.items(), strict=True):
         image = axes.imshow(
@@ -654,7 +715,7 @@ def dhdl_figure(curves: Mapping[str, tuple[Any, Any, Any]]) -> Any:
     """
     if len(curves) == 0:
         raise InputError("curves: expected at least one, found none.")
-    figure, (axes,) = _new_figure(width=5.0)
+    figure, (axes,) = new_figure(width=5.0)
     for name, columns in curves.items():
         if len(columns) != 3:
             raise InputError(f"{name}: expected (lambda, mean, error), found {len(columns)} items.")
@@ -694,7 +755,7 @@ def delta_f_figure(values: Mapping[str, tuple[float, float]], *, reference: str 
         raise InputError("values: expected at least one, found none.")
     if reference is not None and reference not in values:
         raise InputError(f"reference: expected one of {sorted(values)}, found {reference!r}.")
-    figure, (axes,) = _new_figure(width=5.5, height=1.2 + 0.4 * len(values))
+    figure, (axes,) = new_figure(width=5.5, height=1.2 + 0.4 * len(values))
     if reference is not None:
         middle, error = values[reference]
         axes.axvspan(middle - error, middle + error, color="0.85", zorder=0)
@@ -736,7 +797,7 @@ def replica_figure(state_of_replica: Any, *, n_shown: int = 6) -> Any:
             f"{states.dtype} {states.shape}."
         )
     shown = sorted({int(i) for i in np.linspace(0, states.shape[1] - 1, n_shown).round()})
-    figure, _ = _new_figure(width=8.0, height=0.6 + 0.75 * len(shown))
+    figure, _ = new_figure(width=8.0, height=0.6 + 0.75 * len(shown))
     figure.clear()
     top = int(states.max())
     for axes, i in zip(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown, strict=True):

@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that help is instant and a broken i
 still be examined with ``diffforce doctor``.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -429,13 +430,18 @@ def init(
     forcefield: Annotated[
         list[str] | None, typer.Option(help="OpenMM force-field file for the PDB file; repeat for more.")
     ] = None,
+    for_bridge: Annotated[
+        bool, typer.Option("--bridge", help="A file for diffforce bridge: you have trajectories already.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a commented project file for your own molecule (or for alanine dipeptide)."""
     from .config import (
+        BridgeSettings,
         ProjectSettings,
         SystemSettings,
+        bridge_template,
         check_settings,
         load_settings,
         project_template,
@@ -465,9 +471,14 @@ def init(
     source: Any = "F1"
     if named:
         # Files that are missing or do not fit are found here, not after the file was edited.
-        read_system(check_settings(SystemSettings, {named[0]: given[named[0]]}, "init"), topology, 300.0)
+        parts = read_system(
+            check_settings(SystemSettings, {named[0]: given[named[0]]}, "init"), topology, 300.0
+        )
+        if for_bridge and parts.pair is None:
+            raise InputError("init: expected two end states for a bridge, found one System.")
         source = [v if named[0] == "forcefield" else seen_from_file(v) for v in given[named[0]] or ()]
-    text = project_template(
+    template = bridge_template if for_bridge else project_template
+    text = template(
         named[0] if named else "alanine", source, None if topology is None else seen_from_file(topology)
     )
     try:
@@ -475,12 +486,14 @@ def init(
             temporary.write_text(text, encoding="utf-8")
     except OSError as err:
         raise InputError(f"{file}: cannot be written ({err.strerror}).") from err
-    load_settings(file, ProjectSettings)
+    load_settings(file, BridgeSettings if for_bridge else ProjectSettings)
     if as_json:
-        typer.echo(json.dumps({"project": str(file)}, indent=1))
+        typer.echo(json.dumps({"bridge" if for_bridge else "project": str(file)}, indent=1))
         return
     typer.echo(file)
-    if not quiet:
+    if not quiet and for_bridge:
+        typer.echo(f"Now: name your trajectories in it, then diffforce bridge {file}")
+    elif not quiet:
         typer.echo(f"Now: diffforce sample {file}")
 
 
@@ -491,7 +504,10 @@ def sample(project: Project, quiet: Quiet = False, as_json: AsJson = False) -> N
     from .project import sample_project
 
     run = sample_project(load_settings(project, ProjectSettings), progress=not (quiet or as_json))
-    _say_run(run, f"diffforce fit {project}", quiet, as_json)
+    then = f"diffforce fit {project}"
+    if len(run.states) == 2:
+        then += f", or diffforce bridge {project} (Delta f from these frames)"
+    _say_run(run, then, quiet, as_json)
 
 
 @app.command()
@@ -667,16 +683,7 @@ def estimate(
 
 
 def _estimate_table(temperature: float, estimates: dict[str, Any]) -> Table:
-    from .report import with_error
-
-    table = Table(title=f"Delta f at {temperature:g} K", title_justify="left")
-    table.add_column("estimator")
-    units = ("kT", "kJ/mol", "kcal/mol")
-    for unit in units:
-        table.add_column(unit, justify="right")
-    for name, one in estimates.items():
-        table.add_row(Text(name), *(Text(with_error(*one.to(u))) for u in units))
-    return table
+    return _units_table(f"Delta f at {temperature:g} K", "estimator", list(estimates.items()))
 
 
 def _state_table(result: Any) -> Table:
@@ -684,7 +691,7 @@ def _state_table(result: Any) -> Table:
 
     table = Table(title="Windows", title_justify="left")
     for name in ("state", "f [kT]", "frames", "used", "g", "overlap with next"):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for k, state in enumerate(result.states):
         label = ", ".join(f"{v:g}" for v in (state if isinstance(state, tuple) else (state,)))
         table.add_row(
@@ -722,33 +729,215 @@ def density(
         return
     value = Estimate("density", found.delta_f, found.d_delta_f, states.temperature)
     console = _console()
-    console.print(_estimate_table(states.temperature, {"density of the operator": value}))
+    console.print(
+        _units_table(f"Delta f at {states.temperature:g} K", "from", [("density of the operator", value)])
+    )
     if quiet:
         console.print(Text(f"Audit: {audit.verdict}", STYLES[audit.verdict]))
         return
     rows = Table(title="States", title_justify="left")
     for name in ("lambda", "frames", "g", "mean O [kT]", "chi2 / dof"):
-        rows.add_column(name, justify="right")
+        rows.add_column(Text(name), justify="right")
     for i, k in enumerate(chosen):
         rows.add_row(
             f"{lams[i]:.4g}", str(found.n_frames[i]), f"{found.inefficiency[i]:.1f}",
             f"{states.operators[k].mean():.3g}", f"{found.chi2[i]:.2f}",
         )  # fmt: skip
     console.print(rows)
-    console.print(_gate_table(audit))
-    for gate in audit.gates:
-        if gate.advice:
-            console.print(f"{gate.status} {gate.name}: {gate.advice}", style=STYLES[gate.status])
+    _print_audit(audit)
 
 
 def _gate_table(audit: Any) -> Table:
     table = Table(title=f"Audit: {audit.verdict}", title_justify="left")
     for name in ("gate", "found", "expected", "status"):
-        table.add_column(name, justify="left" if name == "gate" else "right")
+        table.add_column(Text(name), justify="left" if name == "gate" else "right")
     for gate in audit.gates:
         status = Text(gate.status, style=STYLES[gate.status])
         table.add_row(Text(gate.name), f"{gate.value:.3g}", Text(gate.threshold), status)
     return table
+
+
+# -------------------------------------------------------------------------------------- bridge
+
+EXIT_STATUS = {"PASS": 0, "WARN": 3, "FAIL": 4}
+"""Exit status of ``diffforce audit`` and ``diffforce ddf``; 1 is an error, 2 a wrong command line."""
+
+Insist = Annotated[bool, typer.Option("--insist", help="Show the number even where the audit fails.")]
+
+
+@app.command()
+def bridge(
+    source: Annotated[
+        Path, typer.Argument(help="YAML file (examples/bridge.yaml), project file, or folder of windows.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for bridge.json and report.html.")] = None,
+    atoms: Annotated[str | None, typer.Option(help="Atoms to noise, from 0: 10,11.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Every random number follows from it.")] = None,
+    insist: Insist = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delta f from two end states that need not overlap, with an audit (and a page)."""
+    from .bridge_run import bridge_settings, run_bridge
+    from .config import BridgeSettings, check_settings
+
+    settings = bridge_settings(source)
+    changes: dict[str, Any] = {"out": out, "seed": seed}
+    if atoms is not None:
+        changes["atoms"] = tuple(atoms.replace(",", " ").split())
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes:
+        settings = check_settings(BridgeSettings, settings.model_dump() | changes, "options")
+    with _stages(quiet or as_json) as progress:
+        run = run_bridge(settings, insist=insist, progress=progress)
+    if as_json:
+        typer.echo(run.record.read_text(encoding="utf-8"), nl=False)
+        return
+    _print_bridge(run, insist=insist, quiet=quiet)
+    if quiet:
+        return
+    typer.echo(f"\nReport: {run.page}\nRecord: {run.record}")
+
+
+@contextlib.contextmanager
+def _stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with ETA for every stage, on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(), console=Console(stderr=True, quiet=quiet), disable=quiet,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+    with bar:
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        # Levels take seconds each: the bar stands there from the start.
+        yield report
+
+
+def _units_table(title: str, first: str, rows: list[tuple[str, Any]]) -> Table:
+    """Estimates in kT, kJ/mol and kcal/mol."""
+    from .report import with_error
+
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    units = ("kT", "kJ/mol", "kcal/mol")
+    for unit in units:
+        table.add_column(unit, justify="right")
+    for name, value in rows:
+        table.add_row(Text(name), *(Text(with_error(*value.to(u))) for u in units))
+    return table
+
+
+def _print_bridge(run: Any, *, insist: bool, quiet: bool) -> None:
+    """Readout without a model, noise levels, Delta f, audit: in the order of growing trust."""
+    from .estimate import Estimate
+    from .report import with_error
+
+    console, result, kelvin = _console(), run.result, run.inputs.temperature
+    withheld = run.audit.verdict == "FAIL" and not insist
+    headline = _units_table("Delta f", "", [
+        ("noisy operator bridge", Estimate("", result.delta_f, result.d_delta_f, kelvin))
+    ])  # fmt: skip
+    if quiet:
+        if not withheld:
+            console.print(headline)
+        console.print(Text(f"Audit: {run.audit.verdict}", STYLES[run.audit.verdict]))
+        return
+    console.print(
+        _units_table(f"Readouts without noise, {kelvin:g} K", "from", [
+            ("two moments of O", Estimate("", result.readout.delta_f,
+                                                     result.readout.d_delta_f, kelvin)),
+            ("density of O", Estimate("", result.density.delta_f, result.density.d_delta_f, kelvin)),
+        ])
+    )  # fmt: skip
+    table = Table(title=f"Noise levels ({result.closure})", title_justify="left")
+    for name in ("", "sigma [nm]", "Delta f [kT]", "overlap", "eff. frames", "R^2"):
+        table.add_column(Text(name), justify="right")
+    for k, level in enumerate(result.levels):
+        table.add_row(
+            Text("*" if k == result.chosen else ""), f"{level.sigma:.3g}",
+            Text(with_error(level.delta_f, level.d_delta_f)), f"{level.overlap:.3f}", f"{level.ess:.3g}",
+            f"{level.r_squared:.2f}", style="bold" if k == result.chosen else "",
+        )  # fmt: skip
+    console.print(table)
+    if not withheld:
+        console.print(headline)
+    _print_audit(run.audit)
+    if run.audit.verdict != "PASS":
+        console.print(f"A window between would tell most at lambda {result.density.next_lam:.2g}.")
+    if withheld:
+        console.print("Delta f is withheld, because gates failed; --insist shows it.", style=STYLES["FAIL"])
+
+
+def _print_audit(audit: Any) -> None:
+    console = _console()
+    console.print(_gate_table(audit))
+    for gate in audit.gates:
+        if gate.advice:
+            console.print(Text(f"{gate.status} {gate.name}: {gate.advice}", STYLES[gate.status]))
+
+
+@app.command()
+def audit(
+    result: Annotated[Path, typer.Argument(help="bridge.json, or its folder.")],
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The gates of a bridge; exit status 0 for PASS, 3 for WARN, 4 for FAIL (1: an error)."""
+    from .bridge_run import audit_of, read_bridge
+
+    found = audit_of(read_bridge(result))
+    if as_json:
+        from .record import plain
+
+        typer.echo(json.dumps(plain(found.to_dict()), indent=1))
+    elif quiet:
+        typer.echo(found.verdict)
+    else:
+        _print_audit(found)
+    raise typer.Exit(EXIT_STATUS[found.verdict])
+
+
+@app.command()
+def ddf(
+    bound: Annotated[Path, typer.Argument(help="bridge.json of the first leg, or its folder.")],
+    solvent: Annotated[Path, typer.Argument(help="The same change in the other surroundings.")],
+    insist: Insist = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delta Delta F of two legs (first less second); the worse verdict is the exit status."""
+    from .bridge_run import read_leg
+    from .legs import combine_legs
+
+    legs = [read_leg(bound), read_leg(solvent)]
+    difference = combine_legs(*legs)
+    withheld = difference.verdict == "FAIL" and not insist
+    if as_json:
+        shown = None if withheld else difference.estimate.to_dict()
+        typer.echo(json.dumps({"verdict": difference.verdict, "ddf": shown, "legs": [
+            {"name": leg.name, "verdict": leg.verdict, **leg.estimate.to_dict()} for leg in legs
+        ]}, indent=1))  # fmt: skip
+    else:
+        rows = [] if quiet else [
+            (f"{leg.verdict} {name}", leg.estimate)
+            for name, leg in zip(("first", "second"), legs, strict=True)
+        ]  # fmt: skip
+        if not withheld:
+            rows.append(("first - second", difference.estimate))
+        console = _console()
+        if rows:
+            console.print(_units_table("Delta Delta F", "leg", rows))
+        console.print(Text(f"Verdict of both: {difference.verdict}", STYLES[difference.verdict]))
+        if withheld:
+            console.print("The difference is withheld, because a leg failed its audit; --insist shows it.")
+    raise typer.Exit(EXIT_STATUS[difference.verdict])
 
 
 # -------------------------------------------------------------------------------------- report
@@ -756,7 +945,9 @@ def _gate_table(audit: Any) -> Table:
 
 @app.command()
 def report(
-    record: Annotated[Path, typer.Argument(help="record.json of a demonstration.")],
+    record: Annotated[
+        Path, typer.Argument(help="record.json of a demonstration or run, or bridge.json of a bridge.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="HTML file; report.html beside the record if omitted.")
     ] = None,

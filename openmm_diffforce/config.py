@@ -235,6 +235,70 @@ class ProjectSettings(MoleculeSettings):
     windows: SamplerSettings = SamplerSettings()
 
 
+class BridgeSettings(Settings):
+    """The noisy operator bridge: Delta f from frames of two end states, and windows if there are."""
+
+    system: SystemSettings | None = Field(
+        default=None, description="both end states, to evaluate O on the frames of trajectories"
+    )
+    u_nk: Path | None = Field(default=None, description="instead: alchemlyb's u_nk (parquet) of the frames")
+    run: Path | None = Field(default=None, description="instead: folder of a run of lambda windows")
+    arrays: Path | None = Field(default=None, description="instead: .npz with x_0, x_1 [nm], o_0, o_1 [kT]")
+    topology: Path | None = Field(default=None, description="PDB file of the trajectories")
+    trajectories: tuple[Path | tuple[Path, ...], ...] | None = Field(
+        default=None, min_length=2,
+        description="DCD, XTC, PDB or HDF5 for each lambda, or the list of one run's segments",
+    )  # fmt: skip
+    lams: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.0, 1.0), min_length=2, description="lambda of each trajectory (system only)"
+    )
+    temperature: Positive | None = Field(
+        default=None, description="K; u_nk and run know theirs; alanine and arrays: 300 if absent"
+    )
+    skip: int = Field(default=0, ge=0, description="frames left out at the start of every trajectory")
+    stride: Count = Field(default=1, description="every how many frames one is taken")
+    atoms: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="atoms to noise, from 0; those that change if absent"
+    )
+    sigmas: tuple[Positive, ...] | None = Field(
+        default=None, min_length=1, description="noise levels [nm]; from the frames if absent"
+    )
+    closure: Literal["density", "tweedie", "gamma"] = Field(
+        default="density", description="how the gap between the states is bridged"
+    )
+    n_copies: Count = Field(default=2, description="noised copies of every frame")
+    n_bootstrap: int = Field(default=50, ge=0, description="resamplings behind the error; 0 for none")
+    seed: Seed = Field(default=1, description="every random number follows from it")
+    out: Path = Field(default=Path("bridge"), description="folder for bridge.json and report.html")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        kinds = ("system", "u_nk", "run", "arrays")
+        given = [n for n in kinds if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(kinds)}, found {given or 'none'}")
+        kind = given[0]
+        if kind in ("run", "arrays"):
+            if self.trajectories is not None or self.topology is not None:
+                raise ValueError(f"topology, trajectories: {kind} brings its own frames; remove these keys")
+            return self
+        if self.trajectories is None:
+            raise ValueError(f"trajectories: expected one for each state beside {kind}, found none")
+        if kind == "system" and len(self.trajectories) != len(self.lams):
+            raise ValueError(
+                f"trajectories: expected one for each lambda of {list(self.lams)}, found "
+                f"{len(self.trajectories)}"
+            )
+        brings_own = self.system is not None and self.system.alanine is not None
+        if self.topology is None and not brings_own:
+            raise ValueError(f"topology: expected a PDB file beside {kind}, found none")
+        if self.temperature is None and kind == "system" and not brings_own:
+            raise ValueError(
+                "temperature: expected that of the trajectories [K], found none; O depends on it"
+            )
+        return self
+
+
 def load_settings(path: str | os.PathLike[str], kind: type[_Model]) -> _Model:
     """Read a YAML file into settings of one kind.
 
@@ -280,9 +344,29 @@ def load_run(path: str | os.PathLike[str]) -> ProjectSettings | WindowsSettings:
     """
     path = Path(path)
     content = _keys_and_values(path)
-    if {"sample", "fit", "simulate", "windows"} & set(content):
+    if _PROJECT_SECTIONS & set(content):
         return _settings(ProjectSettings, content, path)
     return _settings(WindowsSettings, content, path)
+
+
+def load_bridge(path: str | os.PathLike[str]) -> ProjectSettings | BridgeSettings:
+    """Read a YAML file for the bridge, be it a project (with sampled end states) or a bridge's own.
+
+    A project has a section ``sample``, ``fit``, ``simulate`` or ``windows``.
+
+    Raises
+    ------
+    InputError
+        As :func:`load_settings`.
+    """
+    path = Path(path)
+    content = _keys_and_values(path)
+    if _PROJECT_SECTIONS & set(content):
+        return _settings(ProjectSettings, content, path)
+    return _settings(BridgeSettings, content, path)
+
+
+_PROJECT_SECTIONS = frozenset({"sample", "fit", "simulate", "windows"})
 
 
 def _keys_and_values(path: Path) -> dict[str, Any]:
@@ -390,9 +474,15 @@ def _absolute(settings: _Model, folder: Path) -> _Model:
             changes[name] = folder / value
         elif isinstance(value, Settings):
             changes[name] = _absolute(value, folder)
-        elif isinstance(value, tuple) and value and isinstance(value[0], Path):
-            changes[name] = tuple(folder / v for v in value)
+        elif isinstance(value, tuple):
+            changes[name] = _absolute_paths(value, folder)
     return settings.model_copy(update=changes)
+
+
+def _absolute_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_absolute_paths(v, folder) for v in value)
+    return folder / value if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -484,6 +574,38 @@ _SOURCES = {
 }
 
 
+def _flow(content: Any) -> str:
+    return yaml.safe_dump(content, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+
+
+def bridge_template(source: str, value: Any, topology: str | None) -> str:
+    """The text of a commented file for the bridge; arguments as for :func:`project_template`.
+
+    Examples
+    --------
+    >>> print(bridge_template("alanine", "F1", None).splitlines()[2])
+    system: {alanine: F1}  # alanine dipeptide in vacuum, built in: F1, Br3 or I3
+    """
+    lines = [
+        "# Delta F from two end states: diffforce bridge FILE.",
+        "# Paths are relative to this file. Keys behind a # follow from the data, or are for another source.",
+    ]
+    shown: dict[str, Any] = {
+        "system": {source: value}, "topology": topology, "trajectories": ["state_0.dcd", "state_1.dcd"],
+        "lams": [0.0, 1.0], "temperature": 300.0,
+    }  # fmt: skip
+    others = {"u_nk": "u_nk.parquet", "run": "windows", "arrays": "frames.npz", "topology": "start.pdb",
+              "atoms": [0, 1], "sigmas": [0.003, 0.01, 0.03]}  # fmt: skip
+    for name, field in BridgeSettings.model_fields.items():
+        text = _SOURCES[source] if name == "system" else field.description
+        content = shown.get(name, field.default)
+        if content is None:
+            lines.append(f"# {name}: {_flow(others[name])}  # {text}")
+        else:
+            lines.append(f"{name}: {_flow(str(content) if isinstance(content, Path) else content)}  # {text}")
+    return "\n".join(lines) + "\n"
+
+
 def project_template(source: str, value: Any, topology: str | None) -> str:
     """The text of a commented project file: every key, its default, and what it means.
 
@@ -502,11 +624,6 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
     system: {alanine: F1}  # alanine dipeptide in vacuum, built in: F1, Br3 or I3
     """
 
-    def flow(content: Any) -> str:
-        return (
-            yaml.safe_dump(content, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
-        )
-
     lines = [
         "# A project of openmm_diffforce: diffforce sample, fit, simulate, windows (in this order).",
         "# Paths are relative to this file. Every key may be left out but system and topology.",
@@ -514,11 +631,11 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
     single = source == "forcefield" or (source == "prmtop" and len(value) == 1)
     for name, field in ProjectSettings.model_fields.items():
         if name == "system":
-            lines.append(f"system: {flow({source: value})}  # {_SOURCES[source]}")
+            lines.append(f"system: {_flow({source: value})}  # {_SOURCES[source]}")
             continue
         if name == "topology":
             if topology is not None:
-                lines.append(f"topology: {flow(topology)}  # {field.description}")
+                lines.append(f"topology: {_flow(topology)}  # {field.description}")
             continue
         if name == "restrain_phi" and source != "alanine":
             continue
@@ -529,7 +646,7 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
             shown = str(default) if isinstance(default, Path) else default
             if name == "restrain_phi":
                 shown = True
-            lines.append(f"{name}: {flow(shown)}  # {field.description}")
+            lines.append(f"{name}: {_flow(shown)}  # {field.description}")
             continue
         lines += ["", f"{name}:  # {(type(default).__doc__ or '').splitlines()[0]}"]
         for key, part in type(default).model_fields.items():
@@ -540,7 +657,7 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
                 part.description
                 or "evenly spread, lambda = (k/(n-1))^power; or a list of {diffforce_lambda: value}"
             )
-            lines.append(f"  {key}: {flow(inner)}  # {text}")
+            lines.append(f"  {key}: {_flow(inner)}  # {text}")
     return "\n".join(lines) + "\n"
 
 

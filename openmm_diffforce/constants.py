@@ -35,3 +35,6 @@ EXCHANGE_FILE = "exchange.npz"
 
 RECORD_FILE = "record.json"
 """What was run: versions, seeds, settings, hashes."""
+
+BRIDGE_FILE = "bridge.json"
+"""Result of a noisy operator bridge, its audit and provenance: a record that is a page too."""

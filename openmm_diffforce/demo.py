@@ -20,10 +20,15 @@ from . import analysis
 from .alanine import TEMPERATURE, AlanineCase, alanine_case
 from .alchemy import lambda_states
 from .artefact import Artefact
+from .audit import audit_bridge
+from .bridge import noisy_operator_bridge
+from .bridge_figures import figures_of_bridge
+from .bridge_inputs import BridgeInputs
+from .bridge_run import METHOD, bridge_section
 from .config import DemoSettings
 from .constants import RECORD_FILE
-from .errors import ResumeError
-from .estimate import end_correction, estimate_free_energy, reweight, standard_score
+from .errors import ConvergenceError, InputError, ResumeError
+from .estimate import Estimate, end_correction, estimate_free_energy, reweight, standard_score
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import base_tables, outside_fraction
@@ -53,7 +58,12 @@ PAIRED_KT = 0.05
 FORCE_R2 = 0.99
 ACTION_R2 = 0.95
 JSD_EXCESS = 0.02
+BRIDGE_SE = 3.0
 """Thresholds of the demonstration's checks; the longer benchmarks use the same."""
+
+
+BRIDGE_FRAMES = 1000
+"""Frames of each end state that the bridge takes: more lie closer together than they take to decorrelate."""
 
 
 @dataclass
@@ -190,7 +200,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     frames = []
     ps = settings.interval * settings.timestep
     console.print(
-        f"[bold]1/6[/] sampling both ends: {n_train} + {settings.n_test} frames, "
+        f"[bold]1/7[/] sampling both ends: {n_train} + {settings.n_test} frames, "
         f"{ps * (n_train + settings.n_test):.0f} ps each"
     )
     ends = []
@@ -208,7 +218,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     train = [x[:n_train] for x in frames]
     test = (frames[0][n_train:], frames[1][n_train:])
 
-    console.print("[bold]2/6[/] fitting base action and operator at every noise level")
+    console.print("[bold]2/7[/] fitting base action and operator at every noise level")
     artefact_path = folder / ARTEFACT_FILE
     with timing.stage("fit"), console.status("score matching and regression"):
         artefact = fit_model(
@@ -229,7 +239,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     write_json(folder / "force.json", learned_force.manifest())
     runs, estimates = {}, {}
     for step, name in ((3, "classical"), (4, "learned")):
-        console.print(f"[bold]{step}/6[/] {len(states)} windows of {window_ps:.0f} ps, {name} operator")
+        console.print(f"[bold]{step}/7[/] {len(states)} windows of {window_ps:.0f} ps, {name} operator")
         learned = name == "learned"
         with timing.stage(f"{name} windows"):
             runs[name] = run_windows(
@@ -263,8 +273,16 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
            for name, x in last.items()}  # fmt: skip
     correction = end_correction(estimates["learned"], work_1=(gap["learned"], -gap["classical"]))
 
+    console.print("[bold]5/7[/] bridge between the end states, without windows")
+    with timing.stage("bridge"), bar() as shown:
+        task = shown.add_task("bridge of the end states")
+        bridge, bridge_checks = bridge_ends(
+            case, frames, estimates["classical"].estimates["MBAR"], settings.seed + 5000,
+            lambda done, total: shown.update(task, completed=done, total=total),
+        )  # fmt: skip
+
     length = settings.base_frames * settings.base_interval * settings.timestep
-    console.print(f"[bold]5/6[/] {length:.0f} ps on the learned base action alone")
+    console.print(f"[bold]6/7[/] {length:.0f} ps on the learned base action alone")
     base_system = learned_base_system(case, artefact_path)
     with timing.stage("base action"), bar() as shown:
         task = shown.add_task("learned dynamics", total=settings.base_frames)
@@ -277,7 +295,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         base_action, angles = _judge_base(case, artefact, base_system, base_x, frames[0], settings)
     base_action["length_ps"] = length
 
-    console.print("[bold]6/6[/] figures and report")
+    console.print("[bold]7/7[/] figures and report")
     agreement = abs(
         standard_score(estimates["learned"].estimates["MBAR"], estimates["classical"].estimates["MBAR"])
     )
@@ -298,6 +316,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         _check("phi/psi divergence beyond that of two amber14 runs [nats]", excess,
                f"<= {JSD_EXCESS} at full length", excess <= JSD_EXCESS,
                "a run of this length is dominated by its own noise: see the benchmarks", warn=True),
+        *bridge_checks,
     ]  # fmt: skip
     figures = {
         "delta_f": analysis.delta_f_figure(
@@ -312,6 +331,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         ),
         "dhdl": analysis.dhdl_figure({name: _mean_dhdl(run.dHdl) for name, run in runs.items()}),
         "phi_psi": analysis.phi_psi_figure(angles, bins=36),
+        **(figures_of_bridge(bridge) if bridge else {}),
     }  # fmt: skip
     record = {
         "what": "demo",
@@ -344,6 +364,8 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
         "paired": paired,
         "end_correction": correction.to_dict(),
         "base_action": base_action,
+        # The pictures have the work; a record of it is long.
+        "bridge": bridge and {**bridge, "work_forward": [], "work_reverse": []},
         "checks": checks,
         "provenance": make_record("demo", settings.model_dump(), seed=settings.seed,
                                   files={"artefact": artefact_path}),
@@ -354,6 +376,47 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     write_json(path, record)
     write_report(record, figures, folder / "report.html")
     return path
+
+
+def bridge_ends(
+    case: AlanineCase, frames: list[FloatArray], reference: Estimate, seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:  # fmt: skip
+    """Delta f a second time: from frames of the end states alone, without any window.
+
+    Returns
+    -------
+    bridge : dict or None
+        Section ``bridge`` of the record; None if the frames are too few for it.
+    checks : list of dict
+        The audit's verdict, and agreement with the windows.
+    """
+    taken = [x[:: max(1, len(x) // BRIDGE_FRAMES)] for x in frames]
+    inputs = BridgeInputs(
+        frames=tuple(taken), operators=tuple(case.pair.operator_values(x) for x in taken), lams=(0.0, 1.0),
+        atoms=case.perturbed, temperature=TEMPERATURE, n_atoms=len(case.positions), files={},
+        noised=tuple(a.name for a in case.topology.atoms() if a.index in case.perturbed),
+    )  # fmt: skip
+    name = f"{METHOD} of the end states: its own audit"
+    try:
+        result = noisy_operator_bridge(
+            inputs.frames, inputs.operators, generator=np.random.default_rng(seed), atoms=inputs.atoms,
+            n_copies=1, n_bootstrap=20, progress=progress,
+        )  # fmt: skip
+    except (InputError, ConvergenceError) as err:
+        return None, [{"name": name, "value": "not possible", "threshold": "PASS", "status": "WARN",
+                       "advice": str(err)}]  # fmt: skip
+    audit = audit_bridge(result)
+    apart = abs(standard_score(Estimate(METHOD, result.delta_f, result.d_delta_f, TEMPERATURE), reference))
+    worst = [g for g in audit.gates if g.status == audit.verdict and g.advice]
+    good = sum(g.status == "PASS" for g in audit.gates)
+    checks = [
+        {"name": name, "value": f"{good} of {len(audit.gates)} gates pass", "threshold": "PASS",
+         "status": audit.verdict, "advice": "; ".join(f"{g.name}: {g.advice}" for g in worst[:2])},
+        _check("bridge and classical windows, combined standard errors apart", apart, f"<= {BRIDGE_SE:g}",
+               apart <= BRIDGE_SE, "one of the two is wrong: read the gates of the bridge"),
+    ]  # fmt: skip
+    return bridge_section(inputs, result), checks
 
 
 def _window_frames(run: Any) -> FloatArray:

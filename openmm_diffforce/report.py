@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .constants import EXCHANGE_FILE
 from .errors import InputError
+from .estimate import MIN_OVERLAP
 from .record import atomic_path, plain, read_json
 from .units import KJ_PER_KCAL, thermal_energy
 
@@ -44,6 +45,16 @@ CAPTIONS = {
     "phi_psi_learned": "Backbone angles phi and psi sampled by the learned base action alone.",
     "phi_psi_classical": "Backbone angles phi and psi sampled by the classical force field.",
     "noise_levels": "Quality of the learned fields at each noise level.",
+    "bridge_plateau": "Δf against the noise. Where the levels agree within their errors, the choice of the "
+    "level does not matter. At the left the limit without noise, at the right that of infinite noise.",
+    "bridge_overlap": "How much the blurred end states overlap (1: they are one), and how many independent "
+    "frames carry the average of the work, in the worse direction. Grey lines: thresholds of the audit.",
+    "bridge_work": "Work from state 0 to state 1 on blurred frames of either, at the chosen level. The two "
+    "curves cross at Δf if work and frames belong together.",
+    "bridge_calibration": "Is O as uncertain, given the blurred frame, as it was predicted to be? 1 is "
+    "right, more is overconfident, the grey band is what one hopes for.",
+    "bridge_spread": "Δf at the chosen level with each fifth of the frames left out, and by other ways to "
+    "close the gap between the states (open: rough ones, for comparison). Grey: one standard error.",
 }
 """Captions of figures with these names; their order is the order on the page."""
 
@@ -175,6 +186,39 @@ class BaseAction(Section):
     nve_drift: dict[str, Value] = {}
 
 
+class BridgeLevel(Section):
+    """The bridge at one noise level; ``NoiseLevel`` has the fields."""
+
+    sigma: float
+    delta_f: Number
+    d_delta_f: Number = None
+    overlap: Number = None
+    ess: Number = None
+    r_squared: Number = None
+
+
+class Bridge(Section):
+    """A noisy operator bridge: ``BridgeResult.to_dict()``, and plain BAR on the same frames."""
+
+    delta_f: Number
+    d_delta_f: Number = None
+    chosen: int = Field(ge=0)
+    levels: list[BridgeLevel] = Field(min_length=1)
+    density: dict[str, Any]
+    readout: dict[str, Any]
+    bar: dict[str, Any] | None = None
+    lams: list[float] = [0.0, 1.0]
+    n_frames: list[int] = []
+    inefficiency: list[float] = []
+    noised: list[str] = []
+
+    @pydantic.model_validator(mode="after")
+    def _one_is_chosen(self) -> "Bridge":
+        if self.chosen >= len(self.levels):
+            raise ValueError(f"chosen: expected one of {len(self.levels)} levels, found {self.chosen}")
+        return self
+
+
 class Check(Section):
     """One gate."""
 
@@ -202,6 +246,7 @@ class Record(Section):
     end_correction: dict[str, Any] | None = None
     base_action: BaseAction | None = None
     swaps: Swaps | None = None
+    bridge: Bridge | None = None
     checks: list[Check] = []
     provenance: dict[str, Any] = {}
     timing: dict[str, Number] = {}
@@ -342,6 +387,10 @@ def _routes(record: Record, kT: float | None) -> list[dict[str, Any]]:
         for key in ("learned", "classical"):
             entry = getattr(record.paired, key)
             add("Same classical frames", f"{key} operator", entry.value, entry.error, note, key)
+    if record.bridge and rows:
+        for one in bridge_readouts(record.bridge):
+            if one["key"] != "readout":
+                add("End states alone", one["name"], one["value"], one["error"], one["note"], "classical")
     if record.end_correction:
         overlap = record.end_correction.get("min_overlap")
         note = f"overlap with the classical end {overlap:.3f}" if overlap is not None else ""
@@ -349,6 +398,26 @@ def _routes(record: Record, kT: float | None) -> list[dict[str, Any]]:
             "End correction", "learned, to the force field",
             *_kt(record.end_correction.get("corrected")), note, "learned",
         )  # fmt: skip
+    return rows
+
+
+def bridge_readouts(bridge: Bridge) -> list[dict[str, Any]]:
+    """What the frames of a bridge give on the way: name, value, error [kT] and a note, simplest first."""
+    rows = [
+        {"name": "two moments of O", "key": "readout", "value": bridge.readout.get("delta_f"),
+         "error": bridge.readout.get("d_delta_f"), "note": "no model; its assumption is not in the error"},
+        {"name": "density of O", "key": "density", "value": bridge.density.get("delta_f"),
+         "error": bridge.density.get("d_delta_f"), "note": "limit of infinite noise"},
+    ]  # fmt: skip
+    if bridge.bar:
+        overlap, error = bridge.bar.get("overlap") or 0.0, bridge.bar.get("d_delta_f")
+        poor = overlap < MIN_OVERLAP
+        note = f"limit of no noise; overlap {overlap:.2g}" + (": not to be trusted" if poor else "")
+        rows.append({"name": "plain BAR", "key": "bar", "value": bridge.bar.get("delta_f"),
+                     "error": None if poor else error, "note": note})  # fmt: skip
+    level = bridge.levels[bridge.chosen]
+    rows.append({"name": "bridge", "key": "bridge", "value": bridge.delta_f, "error": bridge.d_delta_f,
+                 "note": f"at noise {level.sigma:.2g} nm, where its error is smallest"})  # fmt: skip
     return rows
 
 
@@ -612,6 +681,8 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
     environment.filters |= {
         "number": _number, "r2": _r2, "duration": _duration,
         "pm": lambda v: "n/a" if v is None else with_error(v.value, v.error),
+        "pair": lambda pair: with_error(*pair),
+        "relation": lambda text: text.replace("<=", "≤").replace(">=", "≥"),
     }  # fmt: skip
     return environment.get_template("report.html.j2").render(
         record=content,
@@ -623,9 +694,25 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
         forest=forest,
         overlaps=overlaps,
         exchanges=_exchanges(content),
+        bridge_names=[n for n in CAPTIONS if n.startswith("bridge_")] if content.bridge else [],
+        bridge_rows=[
+            row | {"text": _units(row["value"], row["error"], kT)}
+            for row in (bridge_readouts(content.bridge) if content.bridge else [])
+        ],
         figures=_figures(content, {k: v for k, v in (figures or {}).items() if k not in drawn}),
-        raw=plain(record),
+        raw=_shortened(plain(record)),
     )
+
+
+def _shortened(value: Any) -> Any:
+    """A record for reading: of long lists of numbers only the length."""
+    if isinstance(value, dict):
+        return {k: _shortened(v) for k, v in value.items()}
+    if isinstance(value, list):
+        if len(value) > 200 and not any(isinstance(v, list | dict) for v in value):
+            return f"{len(value)} values"
+        return [_shortened(v) for v in value]
+    return value
 
 
 def write_report(
@@ -686,6 +773,18 @@ def _replica_figure(path: Path) -> Any:
         raise InputError(f"{path}: expected the walks of an exchange run, found {err}.") from err
 
 
+def _bridge_figures(bridge: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Drawn from the record's own numbers."""
+    from .bridge_figures import figures_of_bridge
+
+    try:
+        return figures_of_bridge(bridge)
+    except (KeyError, TypeError, ValueError, IndexError) as err:
+        raise InputError(
+            f"{path}: expected the numbers of a bridge, found {type(err).__name__}: {err}."
+        ) from err
+
+
 def report_from_record(
     record_path: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
 ) -> Path:
@@ -714,6 +813,8 @@ def report_from_record(
     walks = record_path.parent / EXCHANGE_FILE
     if content.swaps is not None and walks.exists():
         figures["replicas"] = _replica_figure(walks)
+    if content.bridge is not None and "bridge_plateau" not in content.figures:
+        figures |= _bridge_figures(record["bridge"], record_path)
     for name, relative in content.figures.items():
         file = (record_path.parent / relative).resolve()
         if not file.is_relative_to(record_path.parent.resolve()):

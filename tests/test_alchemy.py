@@ -245,3 +245,28 @@ def test_unknown_alanine_case() -> None:
     with pytest.raises(InputError, match="expected one of"):
         alanine_case("Cl2")
     assert isinstance(alanine_case("F1").topology, app.Topology)
+
+
+@pytest.mark.parametrize("name", ["F1", "Br3"])
+def test_changed_atoms_are_the_perturbed_ones_where_nothing_bonded_differs(name: str) -> None:
+    case = alanine_case(name)
+    assert case.pair.changed_atoms == case.pair.perturbed_atoms == case.perturbed
+
+
+def test_changed_atoms_of_bonded_terms_and_of_lone_exceptions() -> None:
+    case = alanine_case("F1")
+    with pytest.raises(IncompatibleSystemError, match="no atom's parameters differ"):
+        _ = alchemy.EndStatePair(case.system_0, case.system_0, case.topology, 300.0).changed_atoms
+    other = mm.XmlSerializer.deserialize(mm.XmlSerializer.serialize(case.system_0))
+    for force in other.getForces():
+        if isinstance(force, mm.HarmonicAngleForce):
+            *angle, theta, k = force.getAngleParameters(3)
+            force.setAngleParameters(3, *angle, theta, 1.2 * k)
+        if isinstance(force, mm.NonbondedForce):
+            pair = next(
+                force.getExceptionParameters(i) for i in range(force.getNumExceptions())
+                if force.getExceptionParameters(i)[4]._value > 0
+            )  # fmt: skip
+            force.addException(*pair[:3], pair[3], 1.5 * pair[4], replace=True)
+    found = alchemy.EndStatePair(case.system_0, other, case.topology, 300.0).changed_atoms
+    assert found == tuple(sorted({*angle, *pair[:2]}))

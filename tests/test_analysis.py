@@ -8,7 +8,7 @@ import pytest
 
 from openmm_diffforce import analysis as a
 from openmm_diffforce.alanine import alanine_dipeptide, phi_atoms, psi_atoms
-from openmm_diffforce.errors import ConvergenceError, InputError
+from openmm_diffforce.errors import ConvergenceError, InputError, MissingDependencyError
 from openmm_diffforce.systems import forces, sample
 from openmm_diffforce.units import MOLAR_GAS_CONSTANT
 
@@ -30,6 +30,25 @@ def test_phi_psi_is_the_torsion_of_the_named_atoms(run: tuple) -> None:
     assert np.allclose(angles, expected)
     with pytest.raises(InputError, match="residue"):
         a.phi_psi(trajectory, residue=1)
+
+
+def test_trajectories_come_part_by_part(run: tuple, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    topology, x, _ = run
+    path = tmp_path / "a.dcd"
+    a.trajectory_of(x[:25], topology).save_dcd(str(path))
+    top = md.Topology.from_openmm(topology)
+    assert a.count_frames(path) == 25
+    parts = list(a.iterate_trajectory(path, top, chunk=10))
+    assert [p.n_frames for p in parts] == [10, 10, 5]
+    np.testing.assert_allclose(np.concatenate([p.xyz for p in parts]), x[:25], atol=1e-6)
+    for name in ("none.dcd", "a.txt"):
+        assert a.count_frames(tmp_path / name) == 0
+        with pytest.raises(InputError, match=f"{name}: expected a trajectory"):
+            list(a.iterate_trajectory(tmp_path / name, top))
+    (tmp_path / "a.h5").write_text("no")
+    with pytest.raises((InputError, MissingDependencyError), match=r"a\.h5"):  # with or without PyTables
+        list(a.iterate_trajectory(tmp_path / "a.h5", top))
+    assert capfd.readouterr() == ("", "")  # the readers' remarks are no result
 
 
 def test_rmsd_ignores_rigid_motion_and_leaves_the_input(run: tuple) -> None:

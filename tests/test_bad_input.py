@@ -21,9 +21,11 @@ from openmm import app, unit
 from openmm_diffforce import testing
 from openmm_diffforce.alanine import TEMPERATURE, alanine_case
 from openmm_diffforce.alchemy import EndStatePair, lambda_states, perturb_nonbonded
-from openmm_diffforce.analysis import jensen_shannon, load_trajectory, phi_psi
+from openmm_diffforce.analysis import jensen_shannon, load_trajectory, phi_psi, trajectory_of
 from openmm_diffforce.artefact import export_artefact, load_artefact
-from openmm_diffforce.config import DemoSettings, check_settings
+from openmm_diffforce.bridge_inputs import inputs_from_run, inputs_from_systems, inputs_from_table
+from openmm_diffforce.bridge_run import bridge_settings, run_bridge
+from openmm_diffforce.config import BridgeSettings, DemoSettings, check_settings
 from openmm_diffforce.errors import (
     ConvergenceError,
     DiffForceError,
@@ -523,11 +525,124 @@ def _water_trajectory() -> Any:
     return mdtraj.Trajectory(np.zeros((1, 1, 3)), topology)
 
 
-ALL = {**FRAMES, **UNITS, **MODELS, **SYSTEMS, **ESTIMATES}
+def bridged(folder: Path, **changes: Any) -> Any:
+    """A bridge of arrays, some of them changed or (None) left out."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"x_0": rng.normal(size=(40, 1)), "x_1": rng.normal(size=(40, 1)),
+                              "o_0": rng.normal(size=40), "o_1": rng.normal(size=40), **changes}  # fmt: skip
+    np.savez(folder / "a.npz", **{k: v for k, v in arrays.items() if v is not None})
+    return run_bridge(BridgeSettings(arrays=folder / "a.npz", sigmas=(0.5,), out=folder / "out"))
+
+
+def frames_of(folder: Path, **changes: Any) -> Any:
+    """Inputs from the Systems of F1 and a trajectory that is there."""
+    trajectory_of(tiny.frames()[0][:3], tiny.case().topology).save_dcd(str(folder / "a.dcd"))
+    given: dict[str, Any] = {"trajectories": [folder / "a.dcd"] * 2, **changes}
+    return inputs_from_systems(tiny.case().pair, **given)
+
+
+BRIDGES: dict[str, tuple[Case, type[Exception], str]] = {
+    "arrays without operators": (lambda p: bridged(p, o_1=None), InputError, "expected the arrays o_1"),
+    "one operator too few": (
+        lambda p: bridged(p, o_0=np.zeros(39)),
+        InputError,
+        "one value of o_0 for each of 40 frames",
+    ),
+    "too few frames to judge": (lambda p: bridged(p, o_0=np.arange(40.0)), InputError, "independent frames"),
+    "frames that blew up": (lambda p: bridged(p, x_0=np.full((40, 1), np.nan)), InputError, "blew up"),
+    "atoms that are not there": (lambda p: bridged(p, atoms=[4]), InputError, "indices from 0 to 0"),
+    "arrays that are text": (
+        lambda p: run_bridge(BridgeSettings(arrays=_text(p / "a.npz", "no"), out=p / "out")),
+        InputError,
+        "expected a .npz file",
+    ),
+    "one trajectory for two states": (
+        lambda p: frames_of(p, trajectories=[p / "a.dcd"]),
+        InputError,
+        "each of 2 states, found 1",
+    ),
+    "trajectory missing": (
+        lambda p: frames_of(p, trajectories=[p / "a.dcd", p / "b.dcd"]),
+        InputError,
+        "b.dcd: expected a trajectory",
+    ),
+    "everything skipped": (lambda p: frames_of(p, skip=3), InputError, "after the 3 that are skipped"),
+    "stride of none": (lambda p: frames_of(p, stride=0), InputError, "stride: expected an integer"),
+    "trajectory of other atoms": (
+        lambda p: frames_of(p, trajectories=[_other_trajectory(p)] * 2),
+        InputError,
+        "atoms",
+    ),
+    "folder that is no run": (lambda p: inputs_from_run(p), InputError, "finished run of lambda windows"),
+    "bridge of two sources": (
+        lambda _: check_settings(BridgeSettings, {"run": "a", "arrays": "b"}, "b.yaml"),
+        InputError,
+        "exactly one of system, u_nk, run, arrays",
+    ),
+    "Systems without trajectories": (
+        lambda _: check_settings(BridgeSettings, {"system": {"alanine": "F1"}}, "b.yaml"),
+        InputError,
+        "trajectories: expected one for each state beside system",
+    ),
+    "Systems without a temperature": (
+        lambda _: check_settings(
+            BridgeSettings,
+            {"system": {"end_states": ["a", "b"]}, "topology": "t.pdb", "trajectories": ["a", "b"]},
+            "b.yaml",
+        ),
+        InputError,
+        "temperature: expected that of the trajectories",
+    ),
+    "large molecule without atoms": (
+        lambda p: inputs_from_table(_a_table(p), [p / "a.dcd"] * 2, _a_large_molecule(p)),
+        InputError,
+        "atoms: expected the atoms that change",
+    ),
+    "windows without their lambda": (
+        lambda _: check_settings(
+            BridgeSettings, {"system": {"alanine": "F1"}, "trajectories": ["a", "b", "c"]}, "b.yaml"
+        ),
+        InputError,
+        "each lambda of",
+    ),
+    "bridge of one System": (
+        lambda p: bridge_settings(
+            _text(p / "p.yaml", "system: {xml: s.xml}\ntopology: t.pdb\nfit: {n_draws: 1}\n")
+        ),
+        InputError,
+        "t.pdb",
+    ),
+}
+
+
+def _a_table(folder: Path) -> Path:
+    table().to_parquet(folder / "u_nk.parquet")
+    return folder / "u_nk.parquet"
+
+
+def _a_large_molecule(folder: Path) -> Path:
+    import mdtraj
+
+    topology = mdtraj.Topology()
+    residue = topology.add_residue("BIG", topology.add_chain())
+    for k in range(100):
+        topology.add_atom(f"C{k}", mdtraj.element.carbon, residue)
+    trajectory = mdtraj.Trajectory(np.zeros((1, 100, 3)), topology)
+    trajectory.save_dcd(str(folder / "a.dcd"))
+    trajectory.save_pdb(str(folder / "a.pdb"))
+    return folder / "a.pdb"
+
+
+def _other_trajectory(folder: Path) -> Path:
+    _water_trajectory().save_dcd(str(folder / "water.dcd"))
+    return folder / "water.dcd"
+
+
+ALL = {**FRAMES, **UNITS, **MODELS, **SYSTEMS, **ESTIMATES, **BRIDGES}
 
 
 def test_there_are_many():
-    assert len(ALL) == sum(map(len, (FRAMES, UNITS, MODELS, SYSTEMS, ESTIMATES))) >= 40
+    assert len(ALL) == sum(map(len, (FRAMES, UNITS, MODELS, SYSTEMS, ESTIMATES, BRIDGES))) >= 40
 
 
 @pytest.mark.parametrize("name", ALL)

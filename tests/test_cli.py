@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and how."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import openmm_diffforce
 from openmm_diffforce import cli
 from openmm_diffforce.artefact import export_artefact
+from openmm_diffforce.config import BridgeSettings, load_settings
 from openmm_diffforce.errors import InputError, MissingDependencyError
 from openmm_diffforce.models.action import ActionModel
 from openmm_diffforce.models.graph import MolecularGraph
@@ -311,6 +313,154 @@ def test_density_says_what_is_wrong(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Audit: FAIL" in result.output
     assert "add a window" in " ".join(result.output.split())
+
+
+# -------------------------------------------------------------------------------------- bridge
+
+
+def gaussians(path: Path, *, distance: float, n: int = 300, seed: int = 0) -> None:
+    """Frames of two Gaussians of width 1 and their operator; Delta f = 0."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for k in (0, 1):
+        x = rng.normal(k * distance, 1.0, (n, 1))
+        arrays |= {f"x_{k}": x, f"o_{k}": distance * (0.5 * distance - x[:, 0])}
+    np.savez(path, **arrays)
+
+
+@pytest.fixture(scope="module")
+def bridges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two bridges, of states that are near each other and of states that are not."""
+    folder = tmp_path_factory.mktemp("bridges")
+    found: dict[str, Any] = {"folder": folder}
+    for name, distance in (("near", 1.0), ("far", 12.0)):
+        gaussians(folder / f"{name}.npz", distance=distance)
+        (folder / f"{name}.yaml").write_text(
+            f"arrays: {name}.npz\nsigmas: [0.5, 1.0]\nn_copies: 1\nn_bootstrap: 5\nout: {name}\n"
+        )
+        found[name] = invoke("bridge", folder / f"{name}.yaml")
+    return found
+
+
+def test_bridge(bridges: dict[str, Any]) -> None:
+    result, folder = bridges["near"], bridges["folder"]
+    assert result.exit_code == 0, result.output
+    # Plain lines; the paths at the end are as long as they are.
+    assert max(len(line) for line in result.stdout.split("\nReport:")[0].splitlines()) <= 80
+    parts = ("two moments of O", "sigma [nm]", "noisy operator bridge", "Audit: PASS", "Report:")
+    order = [result.stdout.index(part) for part in parts]
+    assert order == sorted(order)
+    record = json.loads((folder / "near" / "bridge.json").read_text())
+    assert abs(record["bridge"]["delta_f"]) < 4 * record["bridge"]["d_delta_f"]
+    assert record["headline"]["value"] == record["bridge"]["delta_f"]
+    assert record["provenance"]["seed"] == 1
+    assert len(record["provenance"]["files_sha256"]["near.npz"]) == 64
+    assert str(folder) not in json.dumps(record)
+    page = (folder / "near" / "report.html").read_text()
+    assert "nothing speaks against this number" in page
+    assert page.count("data:image/png;base64,") == 5
+
+
+def test_a_failed_audit_withholds_the_number(bridges: dict[str, Any]) -> None:
+    result, folder = bridges["far"], bridges["folder"]
+    assert result.exit_code == 0, result.output
+    assert "noisy operator bridge" not in result.stdout
+    assert "Delta f is withheld" in result.stdout
+    assert "A window between would tell most at lambda 0." in result.stdout
+    assert "headline" not in json.loads((folder / "far" / "bridge.json").read_text())
+    page = (folder / "far" / "report.html").read_text()
+    assert ">withheld<" in page
+    assert "do not use the number" in page
+
+
+def test_insisting_shows_the_number(bridges: dict[str, Any], tmp_path: Path) -> None:
+    config = bridges["folder"] / "far.yaml"
+    result = invoke("bridge", config, "--insist", "--out", tmp_path / "o", "--seed", 3)
+    assert "noisy operator bridge" in result.stdout
+    assert "Audit: FAIL" in result.stdout
+    record = json.loads((tmp_path / "o" / "bridge.json").read_text())
+    assert record["provenance"]["seed"] == 3
+    assert "because you insisted" in record["verdict"]["text"]
+    assert "headline" in record
+
+
+def test_quiet_is_the_number_and_its_verdict(bridges: dict[str, Any], tmp_path: Path) -> None:
+    out = invoke("bridge", bridges["folder"] / "near.yaml", "--quiet", "--out", tmp_path).stdout
+    assert "noisy operator bridge" in out
+    assert out.endswith("Audit: PASS\n")
+    assert "sigma" not in out
+    near = bridges["folder"] / "near"
+    assert "leg" in invoke("ddf", near, near, "--quiet").stdout
+    assert "PASS first" not in invoke("ddf", near, near, "--quiet").stdout
+
+
+def test_bridge_json(bridges: dict[str, Any], tmp_path: Path) -> None:
+    result = invoke("bridge", bridges["folder"] / "near.yaml", "--json", "--out", tmp_path)
+    first = json.loads((bridges["folder"] / "near" / "bridge.json").read_text())
+    again = json.loads(result.stdout)
+    assert again["bridge"] == first["bridge"]  # the seed decides
+    assert again == json.loads((tmp_path / "bridge.json").read_text())
+
+
+def test_exit_status_of_the_audit_is_the_verdict(bridges: dict[str, Any], tmp_path: Path) -> None:
+    folder = bridges["folder"]
+    good = invoke("audit", folder / "near" / "bridge.json")
+    assert (good.exit_code, "Audit: PASS" in good.stdout) == (0, True)
+    bad = invoke("audit", folder / "far")
+    assert (bad.exit_code, "Audit: FAIL" in bad.stdout) == (4, True)
+    assert "overlap of the noised ends" in bad.stdout
+    record = json.loads((folder / "near" / "bridge.json").read_text())
+    record["checks"][0] |= {"status": "WARN", "advice": "sample longer"}
+    write_json(tmp_path / "bridge.json", record)
+    warned = invoke("audit", tmp_path, "--quiet")
+    assert (warned.exit_code, warned.stdout) == (3, "WARN\n")
+    assert json.loads(invoke("audit", tmp_path, "--json").stdout)["checks"][0]["advice"] == "sample longer"
+    assert invoke("audit", tmp_path / "none").exit_code == 1
+    write_json(tmp_path / "record.json", a_record())
+    foreign = invoke("audit", tmp_path / "record.json")
+    assert (foreign.exit_code, "expected the result of diffforce bridge" in foreign.stderr) == (1, True)
+
+
+def test_two_legs(bridges: dict[str, Any]) -> None:
+    near, far = bridges["folder"] / "near", bridges["folder"] / "far"
+    same = invoke("ddf", near, near)
+    assert same.exit_code == 0, same.output
+    assert "first - second" in same.stdout
+    assert max(len(line) for line in same.stdout.splitlines()) <= 80
+    found = json.loads(invoke("ddf", near, near, "--json").stdout)
+    error = found["legs"][0]["kT"]["error"]
+    assert found["ddf"]["kT"] == pytest.approx({"value": 0.0, "error": 2**0.5 * error})
+    bad = invoke("ddf", near, far)
+    assert (bad.exit_code, "withheld" in bad.stdout, "first - second" in bad.stdout) == (4, True, False)
+    assert "first - second" in invoke("ddf", near, far, "--insist").stdout
+
+
+def test_init_writes_a_file_for_a_bridge(tmp_path: Path) -> None:
+    result = invoke("init", tmp_path / "b.yaml", "--bridge")
+    assert result.exit_code == 0, result.output
+    assert "then diffforce bridge" in result.stdout
+    settings = load_settings(tmp_path / "b.yaml", BridgeSettings)
+    assert settings.trajectories == (tmp_path / "state_0.dcd", tmp_path / "state_1.dcd")
+    text = (tmp_path / "b.yaml").read_text()
+    # Every key is there, and what is behind a # may be put before it.
+    assert set(re.findall(r"^(?:# )?(\w+): ", text, re.MULTILINE)) >= set(BridgeSettings.model_fields)
+    (tmp_path / "c.yaml").write_text(re.sub(r"^# (atoms|sigmas)", r"\1", text, flags=re.MULTILINE))
+    assert load_settings(tmp_path / "c.yaml", BridgeSettings).atoms == (0, 1)
+    missing = invoke("bridge", tmp_path / "b.yaml")
+    assert (missing.exit_code, "state_0.dcd: expected a trajectory" in missing.stderr) == (1, True)
+
+
+def test_bridge_of_a_project_noises_what_changes(tmp_path: Path) -> None:
+    from openmm_diffforce.bridge_run import bridge_settings
+
+    (tmp_path / "p.yaml").write_text("system: {alanine: F1}\nsample: {n_frames: 20}\nout_dir: r\n")
+    settings = bridge_settings(tmp_path / "p.yaml")
+    assert settings.atoms == (10, 11)
+    assert (settings.run, settings.out) == (tmp_path / "r" / "ends", tmp_path / "r" / "bridge")
+    assert bridge_settings(tmp_path).run == tmp_path
+    result = invoke("bridge", tmp_path / "p.yaml")
+    assert result.exit_code == 1
+    assert "expected a finished run of lambda windows" in result.stderr
 
 
 def test_estimate_without_a_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The examples run, in small form, one on the output of the other."""
 
+import json
 import math
 import os
 import re
@@ -10,7 +11,14 @@ from pathlib import Path
 import pytest
 
 import openmm_diffforce
-from openmm_diffforce.config import StatesSettings, WindowsSettings, load_settings, window_arguments
+from openmm_diffforce.bridge_run import run_bridge
+from openmm_diffforce.config import (
+    BridgeSettings,
+    StatesSettings,
+    WindowsSettings,
+    load_settings,
+    window_arguments,
+)
 from openmm_diffforce.exchange import ExchangeRun
 from openmm_diffforce.project import run_sampler
 
@@ -109,6 +117,31 @@ def test_the_exchange_file_has_the_defaults_of_the_page() -> None:
         "windows": settings.states.n, "iterations": settings.n_frames, "steps": settings.interval,
         "equil": settings.n_equil,
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_bridge_and_its_yaml_are_one_run(tmp_path: Path) -> None:
+    out = run(tmp_path, "07_bridge.py", "--frames", "800")
+    assert "noise on ALA2-CB, ALA2-HB1" in out
+    assert "dcdplugin" not in out
+    estimate, error = (float(v) for v in out.split("Delta f = ")[1].split(" kT")[0].split(" +- "))
+    # benchmarks/results/cases.md has -12.1 from windows.
+    assert abs(estimate + 12.1) < 4 * math.hypot(error, 0.1)
+    page = (tmp_path / "example_07" / "bridge" / "report.html").read_text()
+    assert "Bridge between the end states" in page
+    # The file beside it gives the same number from the same frames.
+    text = (EXAMPLES / "bridge.yaml").read_text()
+    assert text.count("../example_07") == 3
+    (tmp_path / "bridge.yaml").write_text(text.replace("../example_07", "example_07"))
+    first = json.loads((tmp_path / "example_07" / "bridge" / "bridge.json").read_text())
+    again = run_bridge(load_settings(tmp_path / "bridge.yaml", BridgeSettings))
+    assert again.result.delta_f == first["bridge"]["delta_f"]
+
+
+def test_the_bridge_file_is_valid() -> None:
+    settings = load_settings(EXAMPLES / "bridge.yaml", BridgeSettings)
+    assert settings.trajectories is not None
+    assert settings.trajectories[0].name == "window_000.dcd"
 
 
 @pytest.mark.slow

@@ -304,6 +304,90 @@ def some_swaps() -> dict[str, Any]:
     return swap_statistics(states, 11, proposed=counts, accepted=counts // 4).to_dict()
 
 
+def a_bridge() -> dict[str, Any]:
+    """The numbers of a bridge, as JSON holds them."""
+    levels = [
+        {
+            "sigma": s, "delta_f": -12.1 - 0.02 * k, "d_delta_f": 0.15, "ess": 120.0,
+            "overlap": 0.5 + 0.1 * k,
+            "r_squared": 0.9 - 0.2 * k, "calibration": [1.1, 0.9], "folds": [-12.0, -12.1, -12.2],
+            "closures": {"density": -12.1, "tweedie": -12.12, "gamma": -12.0, "trapezoid": None},
+        }
+        for k, s in enumerate((0.003, 0.01, 0.03))
+    ]  # fmt: skip
+    work = np.random.default_rng(0).normal(-11.0, 2.0, 300)
+    return {
+        "delta_f": -12.12, "d_delta_f": 0.16, "chosen": 1, "levels": levels, "lams": [0.0, 1.0],
+        "n_frames": [1200, 1100], "inefficiency": [32.0, 1.5], "noised": ["ALA2-CB"],
+        "density": {"delta_f": -12.0, "d_delta_f": 0.2}, "readout": {"delta_f": -11.9, "d_delta_f": 0.1},
+        "bar": {"delta_f": -12.0, "d_delta_f": 0.3, "overlap": 0.42},
+        "work_forward": work.tolist(), "work_reverse": (13.0 + 0.5 * work).tolist(),
+    }  # fmt: skip
+
+
+def a_bridge_record() -> dict[str, Any]:
+    checks = [{"name": "overlap of the noised ends", "value": 0.6, "threshold": ">= 0.1", "status": "PASS"}]
+    return {
+        "what": "bridge", "title": "Free energy between two end states", "checks": checks,
+        "headline": {"method": "noisy operator bridge", "value": -12.12, "error": 0.16},
+        "system": {"name": "22 atoms; noise on ALA2-CB", "temperature": 300.0}, "bridge": a_bridge(),
+    }  # fmt: skip
+
+
+def test_a_bridge_is_a_page(tmp_path: Path) -> None:
+    write_json(tmp_path / "bridge.json", a_bridge_record())
+    page = report_from_record(tmp_path / "bridge.json").read_text()
+    text = Page(page).text
+    place = [
+        text.index(v) for v in ("All 1 checks passed", f"{MINUS}12.12 ± 0.16 kT", "Checks", "Bridge between")
+    ]
+    assert place == sorted(place)
+    kcal = with_error(-12.12 * KT / KJ_PER_KCAL, 0.16 * KT / KJ_PER_KCAL)
+    assert f"{kcal} kcal/mol" in text
+    assert page.count("data:image/png;base64,") == 5
+    assert "Learned against classical" not in text
+    assert "λ window" not in text
+    assert "300 values" in text  # the work is not written out
+    assert "overlap 0.42" in text
+    assert not re.findall(r"<script|@import|src=.http", page)
+
+
+def test_a_withheld_number_is_said_to_be(tmp_path: Path) -> None:
+    record = a_bridge_record()
+    del record["headline"]
+    record["checks"][0] |= {"status": "FAIL", "advice": "add a window"}
+    record["bridge"]["density"]["next_lam"] = 0.125
+    record["bridge"]["bar"]["overlap"] = 1e-9
+    record["bridge"]["work_forward"] = []
+    text = Page(render_report(record)).text
+    assert "withheld" in text
+    assert "not to be trusted" in text
+    assert "it would tell most at λ = 0.12" in text
+    write_json(tmp_path / "bridge.json", record)
+    assert report_from_record(tmp_path / "bridge.json").read_text().count("data:image/png;base64,") == 4
+
+
+def test_a_bridge_beside_windows() -> None:
+    """As the demonstration has it: end states alone are one more route."""
+    record = a_record() | {"bridge": a_bridge()}
+    text = Page(render_report(record)).text
+    assert "End states alone" in text
+    assert "Bridge between the end states" in text
+    assert "λ window" in text
+
+
+def test_malformed_bridges_are_refused(tmp_path: Path) -> None:
+    record = a_bridge_record()
+    record["bridge"]["chosen"] = 3
+    with pytest.raises(InputError, match="one of 3 levels"):
+        render_report(record)
+    record = a_bridge_record()
+    del record["bridge"]["levels"][0]["calibration"]
+    write_json(tmp_path / "bridge.json", record)
+    with pytest.raises(InputError, match="numbers of a bridge, found KeyError: 'calibration'"):
+        report_from_record(tmp_path / "bridge.json")
+
+
 def test_exchange_has_its_section() -> None:
     record = a_record()
     assert "Exchange between states" not in render_report(record)
