@@ -317,7 +317,9 @@ def row(method: str, values: Any, exact: Any) -> str:
 
 def verdict(gates: dict[str, float]) -> str:
     """The audit's verdict of stored gates, by the thresholds of today."""
-    return Audit(tuple(judge(n, v, gates=BRIDGE_GATES) for n, v in gates.items())).verdict
+    return Audit(
+        tuple(judge(n, v, gates=BRIDGE_GATES) for n, v in gates.items() if n in BRIDGE_GATES)
+    ).verdict
 
 
 def runs(found: dict[str, Any]) -> list[tuple[str, int, float, float, Any]]:

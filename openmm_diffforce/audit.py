@@ -84,11 +84,20 @@ BRIDGE_GATES: dict[str, Threshold] = {
     "chi2 of the states": Threshold(
         1.8, 2.5, "the states are not tilts of one density: look for states that are not in equilibrium"
     ),
-    "effective frames of the work": Threshold(
-        100.0, 20.0, "few frames carry the average: larger noise, longer runs", larger_is_better=True
+    "independent frames in the overlap": Threshold(
+        20.0,
+        5.0,
+        "few frames are where the noised ends meet: larger noise, longer runs",
+        larger_is_better=True,
     ),
-    "hysteresis [kT]": Threshold(1.0, 2.0, "forward and reverse averages differ: the ends hardly meet"),
-    "normalisation [kT]": Threshold(0.0, 0.5, "work and states do not belong together"),
+    "hysteresis [kT]": Threshold(
+        8.0,
+        20.0,
+        "forward and reverse averages differ: the noised ends hardly meet; larger noise, or a window",
+    ),
+    "normalisation [kT]": Threshold(
+        4.0, 10.0, "the mean of exp(-work) is far from exp(-Delta f): larger noise, or a window between"
+    ),
 }
 """Gates of the noisy operator bridge."""
 
@@ -287,6 +296,8 @@ def audit_bridge(found: BridgeResult) -> Audit:
 
     Notes
     -----
+    The last two gates are of exponential averages, which BAR does not use: they are wide, since right
+    numbers of ends far apart show several kT there. A single noise level has no plateau, and fails.
     How smooth the conditional density is where no state was sampled cannot be tested from the frames;
     the gates see what depends on it. Thresholds were set on half of the runs of
     ``benchmarks/bridge.py`` and are counted there on the other half. Deterministic.
@@ -316,7 +327,7 @@ def audit_bridge(found: BridgeResult) -> Audit:
         "inverted bracket": level.inverted,
         "bridge against density of O [SE]": abs(found.delta_f - found.density.delta_f) / error,
         "chi2 of the states": float(found.density.chi2.max()),
-        "effective frames of the work": level.ess,
+        "independent frames in the overlap": level.overlap * min(independent),
         "hysteresis [kT]": abs(level.exp_forward - level.exp_reverse),
         "normalisation [kT]": max(abs(level.normalisation) - 2.0 * level.d_normalisation, 0.0),
     }

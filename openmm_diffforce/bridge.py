@@ -123,7 +123,7 @@ class NoiseLevel:
     overlap : float
         A of the noised end states.
     ess : float
-        Effective sample size of the work weights, the smaller direction, in independent frames.
+        Effective sample size of the exponential averages, the smaller direction, in independent frames.
     exp_forward, exp_reverse : float
         Delta f by exponential averages over the noised ends [kT].
     normalisation, d_normalisation : float
@@ -180,7 +180,8 @@ class BridgeResult:
     levels : tuple of NoiseLevel
         In the order of rising sigma.
     plateau : float
-        Range of Delta f over the levels within a factor two of the chosen sigma [kT].
+        Range of Delta f over the levels within a factor two of the chosen sigma, its neighbours
+        always among them [kT]; NaN for a single level.
     density : OperatorDensity
         The limit of infinite noise.
     readout : MomentReadout
@@ -216,15 +217,20 @@ class BridgeResult:
         return self.levels[self.chosen]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
-        out["levels"] = [
-            {k: list(v) if isinstance(v, tuple) else v for k, v in vars(one).items()} for one in self.levels
-        ]
-        out |= {"density": self.density.to_dict(), "readout": self.readout.to_dict()}
-        plain = {k: v.tolist() for k, v in out.items() if isinstance(v, np.ndarray)}
-        listed = {k: list(v) for k, v in out.items() if isinstance(v, tuple)}
-        return out | plain | listed
+        """JSON-ready; a number that there is none of is None."""
+        return _plain({f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, OperatorDensity | MomentReadout):
+        return value.to_dict()
+    if isinstance(value, NoiseLevel):
+        return _plain(vars(value))
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | np.ndarray):
+        return [_plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def default_levels(columns: Sequence[FloatArray], n_levels: int = N_LEVELS) -> tuple[float, ...]:
@@ -710,7 +716,11 @@ def noisy_operator_bridge(
     d_bootstrap = math.nan
     if n_bootstrap:
         d_bootstrap = _bootstrap(kept, data, closure, g, n_bootstrap, generator)
-    near = [r.delta_f for r in rows if level.sigma / 2 <= r.sigma <= level.sigma * 2]
+    near = [
+        r.delta_f
+        for i, r in enumerate(rows)
+        if abs(i - chosen) <= 1 or level.sigma / 2 <= r.sigma <= level.sigma * 2
+    ]
     bins = kept.model.bins
     return BridgeResult(
         delta_f=level.delta_f,
@@ -718,7 +728,7 @@ def noisy_operator_bridge(
         d_bootstrap=d_bootstrap,
         chosen=chosen,
         levels=rows,
-        plateau=max(near) - min(near),
+        plateau=max(near) - min(near) if len(near) > 1 else math.nan,
         density=density,
         readout=readout,
         lams=tuple(lam.tolist()),

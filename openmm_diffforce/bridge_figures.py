@@ -99,24 +99,22 @@ def _plateau(bridge: Mapping[str, Any]) -> Any:
 
 
 def _overlap(bridge: Mapping[str, Any]) -> Any:
-    """Overlap of the noised ends, and the effective sample size of the work."""
+    """Overlap of the noised ends, and the effective sample size of exponential averages."""
     sigma = _column(bridge, "sigma")
     figure, panels = new_figure(2, width=3.7, height=3.1)
     for axes, name, label in zip(
-        panels, ("overlap", "ess"), ("overlap of the noised ends", "effective independent frames"),
+        panels, ("overlap", "ess"), ("overlap of the noised ends", "effective frames of EXP"),
         strict=True,
     ):  # fmt: skip
         axes.plot(sigma, _column(bridge, name), "o-", color=BLUE, markersize=4)
         _chosen_line(axes, bridge)
         _sigma_axis(axes, sigma)
         axes.set_ylabel(label)
-    gates = BRIDGE_GATES["overlap of the noised ends"], BRIDGE_GATES["effective frames of the work"]
-    for axes, gate, top in zip(
-        panels, gates, (1.05, 1.1 * np.nanmax([1.0, *_column(bridge, "ess")])), strict=True
-    ):
-        axes.set_ylim(0.0, top)
-        for threshold in (gate.good, gate.bad):
-            axes.axhline(threshold, color="0.6", linewidth=0.8, zorder=0)
+    gate = BRIDGE_GATES["overlap of the noised ends"]
+    panels[0].set_ylim(0.0, 1.05)
+    for threshold in (gate.good, gate.bad):
+        panels[0].axhline(threshold, color="0.6", linewidth=0.8, zorder=0)
+    panels[1].set_ylim(0.0, 1.1 * np.nanmax([1.0, *_column(bridge, "ess")]))
     panels[1].legend(frameon=False, fontsize=8)
     return figure
 

@@ -60,15 +60,16 @@ class PairDistances:
         """The ``max_pairs`` pairs of ``atoms`` with any atom that come closest in ``frames``."""
         n_atoms = frames[0].shape[1]
         inside = set(atoms)
-        pairs = np.array(
-            [(a, b) for a in atoms for b in range(n_atoms) if b != a and not (b in inside and b < a)],
-            dtype=np.int64,
-        ).reshape(-1, 2)
-        if len(pairs) == 0:
+        pairs, closest = [], []
+        for a in atoms:  # one atom at a time: memory stays that of the frames
+            others = [b for b in range(n_atoms) if b != a and not (b in inside and b < a)]
+            row = np.array([(a, b) for b in others], dtype=np.int64).reshape(-1, 2)
+            pairs.append(row)
+            closest.append(np.min([cls(row)(x).min(axis=0) for x in frames], axis=0))
+        every, near = np.concatenate(pairs), np.concatenate(closest)
+        if len(every) == 0:
             raise InputError("atoms: expected a frame of at least two atoms for pair distances.")
-        found = cls(pairs)
-        closest = np.min([found(x).min(axis=0) for x in frames], axis=0)
-        return cls(pairs[np.sort(np.argsort(closest, kind="stable")[:max_pairs])])
+        return cls(every[np.sort(np.argsort(near, kind="stable")[:max_pairs])])
 
     def __call__(self, x: FloatArray) -> FloatArray:
         """Distances [nm], shape (n_frames, n_pairs)."""

@@ -167,7 +167,7 @@ def test_too_few_frames_fail_the_bridge():
         ("spread over folds [kT]", {"d_folds": 9.0}),
         ("spread over closures [kT]", {"closures": {"density": 0.0, "tweedie": 0.0, "gamma": 99.0}}),
         ("normal score of O, |mean square - 1|", {"calibration": (1.0, 3.0)}),
-        ("effective frames of the work", {"ess": 0.5}),
+        ("independent frames in the overlap", {"overlap": 0.001}),
         ("hysteresis [kT]", {"exp_forward": 50.0, "exp_reverse": -50.0}),
         ("normalisation [kT]", {"normalisation": -20.0, "d_normalisation": 0.1}),
     ],
