@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import openmm
@@ -9,11 +10,13 @@ import pytest
 from openmm import app, unit
 
 from openmm_diffforce.alchemy import EndStatePair
+from openmm_diffforce.audit import SPOT_GATES, audit_bridge, judge, spot_check
+from openmm_diffforce.bridge import BridgeResult, noisy_operator_bridge
 from openmm_diffforce.density import fit_operator_density
 from openmm_diffforce.errors import IncompatibleSystemError, InputError
 from openmm_diffforce.posterior import restrained_system
 from openmm_diffforce.posterior_bridge import posterior_operators, run_posterior_bridge
-from openmm_diffforce.posterior_work import bridge_from_posteriors, spread_lams
+from openmm_diffforce.posterior_work import PosteriorBridge, bridge_from_posteriors, spread_lams
 from openmm_diffforce.testing import HarmonicEndStates
 from openmm_diffforce.units import thermal_energy
 
@@ -256,6 +259,8 @@ def test_delta_f_by_posterior_md():
     assert steps < found.n_forces <= steps + 32 * 2 * 100
     assert found.n_energies == 2 * 400 + 32 * 3 * 60
     assert calls == [(k, 32) for k in range(1, 33)]
+    for o in found.operator:  # from lambda 0 to 1 for the y of either end
+        assert (np.diff(o.mean(axis=0)) < 0).all()
 
 
 def test_same_seed_same_number_and_lams_from_the_frames():
@@ -280,6 +285,9 @@ def test_atoms_without_noise_stay_where_they_are():
     pair = EndStatePair(*constrained, pair.topology, TEMPERATURE)
     found = run_posterior_bridge(pair, x_0, x_1, SIGMA, atoms=[0], **OPTIONS)
     assert abs(found.delta_f - ENDS.delta_f) < 3.5 * found.d_delta_f < 2.5
+    restrained, _ = restrained_system(pair.system_0, SIGMA, TEMPERATURE, atoms=[0])
+    assert [restrained.getParticleMass(a)._value for a in range(3)] == [12.0, 0.0, 0.0]
+    assert restrained.getNumConstraints() == 0
     with pytest.raises(IncompatibleSystemError, match="constrained"):
         run_posterior_bridge(pair, x_0, x_1, SIGMA, **OPTIONS)
     with pytest.raises(IncompatibleSystemError, match="constrained"):
@@ -326,3 +334,77 @@ def test_one_start_per_frame():
     x = frames_of(3)[0]
     with pytest.raises(InputError, match="one start for every noised frame"):
         posterior_operators(pair_of(), x, x[:2], SIGMA, LAMS)
+
+
+# -------------------------------------------------------------------------------- spot check
+
+
+@pytest.fixture(scope="module")
+def bridge() -> BridgeResult:
+    generator = np.random.default_rng(9)
+    x = [ENDS.sample(end, 400, generator) for end in (0, 1)]
+    o = [ENDS.action(1, v) - ENDS.action(0, v) for v in x]
+    return noisy_operator_bridge(
+        x, o, generator=generator, inefficiency=(1, 1), sigmas=(0.01, 0.02), n_bootstrap=0
+    )
+
+
+@pytest.fixture(scope="module")
+def spot() -> PosteriorBridge:
+    generator = np.random.default_rng(10)
+    o = [drawn(noised(end, 150, generator), LAMS, 60, generator) for end in (0, 1)]
+    found = bridge_from_posteriors(*o, LAMS, sigma=SIGMA, work="tweedie")
+    return replace(found, closures={"density": found.delta_f + 0.01, **found.closures})
+
+
+def statuses(found: BridgeResult, spot: PosteriorBridge) -> dict[str, str]:
+    return {g.name: g.status for g in spot_check(found, spot)}
+
+
+def test_a_good_bridge_passes_its_spot_check(bridge, spot):
+    assert set(statuses(bridge, spot)) == set(SPOT_GATES)
+    assert set(statuses(bridge, spot).values()) == {"PASS"}
+    own = audit_bridge(bridge).gates
+    assert audit_bridge(bridge, spot=spot).gates == (*own, *spot_check(bridge, spot))
+
+
+@pytest.mark.parametrize("shift", [-2.5, 2.5])
+def test_a_biased_bridge_fails(bridge, spot, shift):
+    wrong = replace(bridge, delta_f=bridge.delta_f + shift)
+    assert statuses(wrong, spot)["posterior MD: Delta f [kT]"] == "FAIL"
+
+
+def test_the_bias_is_seen_from_both_ends_without_bar(bridge, spot):
+    """Even when BAR of the spot check fails in the same way, the mean works of the ends do not."""
+    name = "posterior MD: Delta f outside the mean works [kT]"
+    for value in (spot.bound_upper + 3.0, spot.bound_lower - 3.0):
+        wrong = replace(bridge, delta_f=value)
+        assert statuses(wrong, replace(spot, delta_f=value))[name] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"d_delta_f": 2.0}, "stated error [kT]"),
+        ({"overlap": 0.01}, "overlap of the noised ends"),
+        ({"closures": {"density": 0.0, "tweedie": 0.6}}, "works by density and Tweedie [kT]"),
+    ],
+)
+def test_a_blind_spot_check_fails(bridge, spot, change, name):
+    assert statuses(bridge, replace(spot, **change))[f"posterior MD: {name}"] == "FAIL"
+
+
+@pytest.mark.parametrize("name", SPOT_GATES)
+def test_every_gate_has_three_answers(name):
+    gate = SPOT_GATES[name]
+    beyond = gate.bad / 2 if gate.larger_is_better else 2 * gate.bad
+    values = (gate.good, 0.5 * (gate.good + gate.bad), beyond, math.nan)
+    assert [judge(name, v, gates=SPOT_GATES).status for v in values] == ["PASS", "WARN", "FAIL", "FAIL"]
+
+
+def test_real_works_of_another_pair_fail(bridge):
+    """A spot check whose works are 3 kT off, from the samples on."""
+    generator = np.random.default_rng(11)
+    o = [drawn(noised(end, 150, generator), LAMS, 60, generator) + 3.0 for end in (0, 1)]
+    wrong = bridge_from_posteriors(*o, LAMS, sigma=SIGMA, work="tweedie")
+    assert statuses(bridge, wrong)["posterior MD: Delta f [kT]"] == "FAIL"
