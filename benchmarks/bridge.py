@@ -32,12 +32,12 @@ N_SETS = 5
 """Independent runs of every alanine case."""
 N_REFERENCE, N_BETWEEN = 1500, 1000
 N_ENDS = (1000, 6000)
-INTERVAL = 500
+INTERVAL = 200
 """Steps of 1 fs between frames; inefficiencies are estimated, not assumed."""
-SEGMENT = 20
+SEGMENT = 50
 """Frames between two moves of the methyl group."""
 N_RANDOM = 20
-N_RANDOM_WINDOWS, N_RANDOM_REFERENCE, N_RANDOM_ENDS = 13, 600, 1000
+N_RANDOM_WINDOWS, N_RANDOM_REFERENCE, N_RANDOM_ENDS = 9, 500, 1000
 
 Sample = tuple[list[np.ndarray], list[np.ndarray], float]
 

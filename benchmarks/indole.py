@@ -230,7 +230,8 @@ def table(checks: dict[str, Any], found: dict[str, Any]) -> list[str]:
         "`bonded`: all of 6-fluoroindole's force field. Values in kT, with one standard error.", "",
         "## Reference: MBAR over 19 windows", "",
         "Every window starts from the minimised structure with a seed of its own. Scatter: standard error",
-        "of the mean of the seeds, from them alone. Spread: standard deviation of O in H and in X.", "",
+        "of the mean of the seeds, from them alone. A further seed without all of its windows counts in",
+        "the pooled values only. Spread: standard deviation of O in H and in X.", "",
         "| case | MBAR | BAR of neighbours | seeds | scatter | smallest neighbour overlap "
         "| largest inefficiency | spread of O | windows, ns in all |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -44,7 +44,9 @@ model, training = df.fit_physical_model(
 
 # 3. One file that holds model, units, elements, bonds, schedule and how it was made.
 artefact = arguments.out / "alanine.diffforce"
-df.export_artefact(model, artefact, graph=graph, schedule=schedule, temperature=300.0, training=training)
+df.export_artefact(
+    model, artefact, graph=graph, schedule=schedule, temperature=300.0, training=training, frames=x_0
+)
 print(f"wrote {artefact}; look at it with: diffforce inspect {artefact}")
 
 # 4. The learned operator on top of amber14: lambda turns one end state into the other.

@@ -1,4 +1,4 @@
-"""Delta F of the windows, its overlap, and the backbone angles.
+"""Delta F of the windows, its overlap, and the backbone angles; with alchemlyb and mdtraj themselves too.
 
     python examples/03_analyse.py example_02
 
@@ -7,6 +7,9 @@ Needs the folder of 02_lambda_windows.py.
 
 import argparse
 from pathlib import Path
+
+import mdtraj as md
+from alchemlyb.estimators import MBAR
 
 from openmm_diffforce import analysis
 from openmm_diffforce.constants import DHDL_FILE, U_NK_FILE
@@ -31,7 +34,12 @@ for name in ("learned", "classical"):
         value, error = one.to("kcal/mol")
         print(f"  {one.method:5s} {one.delta_f:8.3f} +- {one.d_delta_f:.3f} kT"
               f"   {value:8.3f} +- {error:.3f} kcal/mol")  # fmt: skip
-    trajectory = analysis.load_trajectory(run / "window_000.dcd", run / TOPOLOGY_FILE)
+    # The tables are alchemlyb's own form: its estimators take them as they are (here on all frames).
+    f = MBAR().fit(u_nk).delta_f_
+    print(f"  alchemlyb's MBAR on all frames: {f.iloc[0, -1]:.3f} kT")
+    # The trajectories are mdtraj's (and any other reader's).
+    trajectory = md.load(str(run / "window_000.dcd"), top=str(run / TOPOLOGY_FILE))
+    print(f"  radius of gyration at lambda = 0: {md.compute_rg(trajectory).mean():.4f} nm")
     angles[name] = analysis.phi_psi(trajectory)
 
 divergence = analysis.jensen_shannon(angles["learned"], angles["classical"], bins=12)

@@ -22,7 +22,7 @@ import torch
 from . import __version__, ops
 from .errors import InputError, ModelError
 from .models.action import ActionModel, AutogradAction
-from .models.examine import Examination, examine_model
+from .models.examine import Examination, examine_model, made_up_frames
 from .models.graph import MolecularGraph
 from .schedule import NoiseSchedule, schedule_from_json
 from .units import thermal_energy, to_md
@@ -109,7 +109,8 @@ def export_artefact(
         Lambda values the model is valid for.
     frames : float array [n_frames, n_atoms, 3], optional
         Equilibrium frames of the base state [nm] on which the model is examined (units too);
-        without them it is examined at a made-up geometry. What was found is kept in the file
+        without them it is examined at a made-up geometry, taken downhill on its own action.
+        Give frames where you have them. What was found is kept in the file
         (``metadata["examination"]``).
 
     Returns
@@ -207,37 +208,17 @@ def _examine(script: torch.jit.ScriptModule, graph: MolecularGraph, frames: Any)
     """What the examination says of the compiled model; a failure is an error."""
     n_atoms = graph.n_atoms
     if frames is None:
-        examination = examine_model(script, np.stack([_made_up_frame(graph, seed) for seed in (1, 2)]))
+        examination = examine_model(script, made_up_frames(script, graph))
+        advice = (
+            " It was examined at a made-up geometry: with equilibrium frames of the molecule "
+            "(frames=..., --frames) the examination says more."
+        )
     else:
         if (shape := np.shape(frames))[1:] != (n_atoms, 3):
             raise InputError(f"frames: expected shape [n_frames, {n_atoms}, 3] in nm, found {list(shape)}.")
-        examination = examine_model(script, frames, equilibrium=True)
-    examination.raise_for_failures("export")
+        examination, advice = examine_model(script, frames, equilibrium=True), ""
+    examination.raise_for_failures("export", advice)
     return examination
-
-
-def _made_up_frame(graph: MolecularGraph, seed: int) -> np.ndarray:
-    """Atoms [n_atoms, 3] 0.12 nm from a bonded neighbour in random directions, the roomiest of 200."""
-    generator = np.random.default_rng(seed)
-    near = graph.neighbours()
-    best, widest = np.zeros((graph.n_atoms, 3)), -1.0
-    for _ in range(200):
-        x = np.full((graph.n_atoms, 3), np.nan)
-        for root in range(graph.n_atoms):
-            if np.isnan(x[root, 0]):
-                x[root] = 0.3 * root * np.eye(3)[0]
-            queue = [root]
-            while queue:
-                atom = queue.pop()
-                for k in near[atom]:
-                    if np.isnan(x[k, 0]):
-                        step = generator.standard_normal(3)
-                        x[k] = x[atom] + 0.12 * step / np.linalg.norm(step)
-                        queue.append(k)
-        distances = np.linalg.norm(x[:, None] - x, axis=-1) + 10 * np.eye(len(x))
-        if (closest := float(distances.min())) > widest:
-            best, widest = x, closest
-    return best
 
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes, str]:

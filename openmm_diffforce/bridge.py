@@ -62,6 +62,9 @@ MAX_COORDINATES = 2
 LEAST_WEIGHT = 0.05
 """... with at least this probability."""
 
+LONGEST_STEP = 1e3
+"""Of Newton's method for MBAR between the noised states [kT]."""
+
 MIN_OVERLAP = 0.03
 """A level whose noised ends overlap less is not chosen."""
 
@@ -133,7 +136,7 @@ class NoiseLevel:
     folds : tuple of float
         Delta f with each fold left out [kT].
     closures : dict
-        Delta f with other closures of the same conditional moments [kT].
+        Delta f with other closures of the same conditional moments [kT], those that have one.
     shifted : float
         Largest distance by which those moments had to be moved for the Tweedie closure, relative.
     inverted : float
@@ -262,10 +265,11 @@ def _solve_mbar(counts: FloatArray, actions: FloatArray) -> tuple[FloatArray, Fl
         p = np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True))
         gradient = n_b @ p - n_k
         jacobian = np.diag(n_b @ p) - (p * n_b[:, None]).T @ p
-        hessian = jacobian[1:, 1:]
+        # Never singular: where states do not overlap at all the curvature is zero, and steps are bounded.
+        floor = (damping + 1e-12) * n_k.min()
         step = np.zeros(len(f))
-        ridge = (damping + 1e-14) * np.eye(len(f) - 1) * max(np.trace(hessian), 1e-300)
-        step[1:] = -np.linalg.solve(hessian + ridge, gradient[1:])
+        step[1:] = -np.linalg.solve(jacobian[1:, 1:] + floor * np.eye(len(f) - 1), gradient[1:])
+        step *= min(1.0, LONGEST_STEP / max(np.abs(step).max(), 1e-300))
         new = value(f + step)
         if new <= now + 1e-12 * abs(now):
             f, now, damping = f + step, new, 0.1 * damping
@@ -369,7 +373,7 @@ def _other_closures(
         try:
             found[name] = float(_solve_mbar(ends, np.stack([0 * one.delta, one.delta], axis=1))[0][-1])
         except ConvergenceError:
-            found[name] = math.nan
+            continue  # so far off that its noised ends do not meet: nothing to show
     return found, shift
 
 
@@ -417,7 +421,7 @@ def _inverted(bins: IntArray, data: _Frames) -> float:
         mean = [data.operator[e].mean() for e in ends]
         error = math.sqrt(sum(data.operator[e].var() / k for e, k in zip(ends, n, strict=True)))
         bad += sum(n) if mean[1] - mean[0] > 2 * error else 0.0
-    return bad / total
+    return float(bad / total)
 
 
 def _bridge_level(

@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that help is instant and a broken i
 still be examined with ``diffforce doctor``.
 """
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ from typer.core import TyperGroup
 from . import __version__
 from .errors import DiffForceError
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+"""A disk that is full, forbidden or broken: no error of this package, and no traceback."""
+
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 
@@ -37,12 +42,25 @@ class _Commands(TyperGroup):
         except DiffForceError as err:
             if ctx.params.get("debug"):
                 raise
-            notes = "".join(f"\n{note}" for note in getattr(err, "__notes__", []))
-            typer.echo(f"diffforce: {err}{notes}", err=True)
+            typer.echo(f"diffforce: {err}{_notes(err)}", err=True)
+            raise typer.Exit(1) from err
+        except OSError as err:
+            if err.errno not in DISK_ERRORS or ctx.params.get("debug"):
+                raise
+            where = f" ({err.filename})" if err.filename else ""
+            typer.echo(
+                f"diffforce: {err.strerror or err}{where}; what was finished is kept: see to the disk, and "
+                f"call the same command again.{_notes(err)}",
+                err=True,
+            )
             raise typer.Exit(1) from err
         except KeyboardInterrupt as err:
-            typer.echo(f"diffforce: {err or 'stopped'}", err=True)
+            typer.echo(f"diffforce: {str(err) or 'stopped'}", err=True)
             raise typer.Exit(130) from err
+
+
+def _notes(err: BaseException) -> str:
+    return "".join(f"\n{note}" for note in getattr(err, "__notes__", []))
 
 
 app = typer.Typer(
@@ -75,15 +93,18 @@ def _options(
 
 def main() -> None:
     """Entry point of the ``diffforce`` command."""
+    # A user wants the sentence, not the line of this package that said it.
+    warnings.showwarning = lambda message, *_args, **_kwargs: typer.echo(f"diffforce: {message}", err=True)
     app()
 
 
 def _console() -> Console:
     # Piped output is 80 columns wide, as rich does for no terminal; a terminal has its own width.
-    return Console(highlight=False)
+    # What stands in brackets is text, as in "f [kT]" or a folder's name, not markup.
+    return Console(highlight=False, markup=False)
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no advice.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="The result alone: no progress bars, no advice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 
 # ---------------------------------------------------------------------------------------- demo
@@ -318,7 +339,7 @@ def examine() -> list[Finding]:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """What is installed, what works, and the cure for what does not."""
     findings = examine()
     if as_json:
@@ -328,7 +349,8 @@ def doctor(as_json: AsJson = False) -> None:
     for finding in findings:
         table.add_row(Text(finding.status, STYLES[finding.status]), Text(finding.name), Text(finding.found))
     console = _console()
-    console.print(table)
+    if not quiet:
+        console.print(table)
     for finding in findings:
         if finding.cure:
             console.print(Text(f"{finding.name}: {finding.cure}"), soft_wrap=True)
@@ -343,7 +365,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def inspect(
-    artefact: Annotated[Path, typer.Argument(help="File written by export_artefact.")],
+    artefact: Annotated[Path, typer.Argument(help="Model file, written by fit, export or export_artefact.")],
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """What a model file holds; a damaged or foreign one is refused."""
@@ -352,6 +375,9 @@ def inspect(
     loaded = load_artefact(artefact)
     if as_json:
         typer.echo(json.dumps({**loaded.metadata, "sha256": loaded.sha256}, indent=1))
+        return
+    if quiet:
+        typer.echo(loaded.sha256)
         return
     m = loaded.metadata
     low, high = m["lambda_range"]
@@ -404,9 +430,17 @@ def init(
         list[str] | None, typer.Option(help="OpenMM force-field file for the PDB file; repeat for more.")
     ] = None,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented project file for your own molecule (or for alanine dipeptide)."""
-    from .config import ProjectSettings, load_settings, project_template
+    from .config import (
+        ProjectSettings,
+        SystemSettings,
+        check_settings,
+        load_settings,
+        project_template,
+        read_system,
+    )
     from .errors import InputError
     from .record import atomic_path
 
@@ -430,6 +464,8 @@ def init(
 
     source: Any = "F1"
     if named:
+        # Files that are missing or do not fit are found here, not after the file was edited.
+        read_system(check_settings(SystemSettings, {named[0]: given[named[0]]}, "init"), topology, 300.0)
         source = [v if named[0] == "forcefield" else seen_from_file(v) for v in given[named[0]] or ()]
     text = project_template(
         named[0] if named else "alanine", source, None if topology is None else seen_from_file(topology)
@@ -440,8 +476,12 @@ def init(
     except OSError as err:
         raise InputError(f"{file}: cannot be written ({err.strerror}).") from err
     load_settings(file, ProjectSettings)
+    if as_json:
+        typer.echo(json.dumps({"project": str(file)}, indent=1))
+        return
+    typer.echo(file)
     if not quiet:
-        typer.echo(f"{file}\nNow: diffforce sample {file}")
+        typer.echo(f"Now: diffforce sample {file}")
 
 
 @app.command()
@@ -482,8 +522,8 @@ def export(
     module: Annotated[Path, typer.Argument(help="TorchScript file (torch.jit.save) of your module.")],
     out: Annotated[Path, typer.Argument(help="Model file to write.")],
     topology: Annotated[Path, typer.Option(help="PDB file of the molecule, in the module's order of atoms.")],
-    temperature: Annotated[float, typer.Option(help="Of the training ensembles [K].")],
-    sigma_max: Annotated[float, typer.Option(help="Noise at t = 1 of the VE schedule [nm].")] = 0.05,
+    temperature: Annotated[float, typer.Option(help="Of the training ensembles, in K.")],
+    sigma_max: Annotated[float, typer.Option(help="Noise at t = 1 of the VE schedule, in nm.")] = 0.05,
     score: Annotated[
         bool, typer.Option("--score", help="module(x, t) -> score: a force, never an energy.")
     ] = False,
@@ -548,7 +588,8 @@ def windows(
         run = windows_project(settings, progress=bar)
     else:
         run = run_sampler(settings, **window_arguments(settings), progress=bar)
-    _say_run(run, f"diffforce estimate {run.out_dir}", quiet, as_json)
+    then = config if isinstance(settings, ProjectSettings) else run.out_dir
+    _say_run(run, f"diffforce estimate {then}", quiet, as_json)
 
 
 def _say_run(run: Any, then: str, quiet: bool, as_json: bool) -> None:
@@ -575,46 +616,65 @@ def _say_run(run: Any, then: str, quiet: bool, as_json: bool) -> None:
 
 @app.command()
 def estimate(
-    run: Annotated[Path, typer.Argument(help="Folder of a window run.")],
-    as_json: AsJson = False,
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of a window run, or a project file: then with the end correction."),
+    ],
     decorrelate: Annotated[
         bool, typer.Option(help="Use only frames that are independent of each other.")
     ] = True,
     min_overlap: Annotated[
-        float | None, typer.Option(help="Gate on neighbouring windows; 0 insists.")
+        float | None, typer.Option(help="Gate on neighbouring windows; 0 insists.", show_default="0.03")
     ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Free-energy difference of a window run by MBAR, BAR and TI, behind an overlap gate."""
+    from .config import ProjectSettings, load_settings
     from .constants import DHDL_FILE, U_NK_FILE
     from .estimate import MIN_OVERLAP, estimate_free_energy, read_replicas, read_table
+    from .project import correct_end, finished_windows
+    from .record import plain
 
-    dhdl = read_table(run / DHDL_FILE) if (run / DHDL_FILE).exists() else None
-    result = estimate_free_energy(
-        read_table(run / U_NK_FILE),
-        dhdl,
-        replica=read_replicas(run),
-        decorrelate=decorrelate,
-        min_overlap=MIN_OVERLAP if min_overlap is None else min_overlap,
-    )
+    options: dict[str, Any] = {
+        "decorrelate": decorrelate, "min_overlap": MIN_OVERLAP if min_overlap is None else min_overlap
+    }  # fmt: skip
+    project = load_settings(run, ProjectSettings) if run.is_file() else None
+    if project is not None:
+        windows_run = finished_windows(project)
+        tables, folder = (windows_run.u_nk, windows_run.dHdl), windows_run.out_dir
+    else:
+        dhdl = read_table(run / DHDL_FILE) if (run / DHDL_FILE).exists() else None
+        tables, folder = (read_table(run / U_NK_FILE), dhdl), run
+    result = estimate_free_energy(*tables, replica=read_replicas(folder), **options)
+    correction = None if project is None else correct_end(project, windows_run, result, **options)
     if as_json:
-        from .record import plain
-
-        typer.echo(json.dumps(plain(result.to_dict()), indent=1))
+        corrected = {} if correction is None else {"end_correction": correction.to_dict()}
+        typer.echo(json.dumps(plain({**result.to_dict(), **corrected}), indent=1))
         return
     console = _console()
-    console.print(_estimate_table(result))
+    rows = result.estimates
+    if correction is not None:
+        rows = {**rows, correction.corrected.method: correction.corrected}
+    console.print(_estimate_table(result.temperature, rows))
+    if quiet:
+        return
     console.print(_state_table(result))
+    if correction is not None:
+        console.print(
+            f"Overlap of the learned and the force field's end state 1: {correction.min_overlap:.3f}"
+        )
 
 
-def _estimate_table(result: Any) -> Table:
+def _estimate_table(temperature: float, estimates: dict[str, Any]) -> Table:
     from .report import with_error
 
-    table = Table(title=f"Delta f at {result.temperature:g} K", title_justify="left")
+    table = Table(title=f"Delta f at {temperature:g} K", title_justify="left")
     table.add_column("estimator")
     units = ("kT", "kJ/mol", "kcal/mol")
     for unit in units:
         table.add_column(unit, justify="right")
-    for name, one in result.estimates.items():
+    for name, one in estimates.items():
         table.add_row(Text(name), *(Text(with_error(*one.to(u))) for u in units))
     return table
 
@@ -642,6 +702,7 @@ def _state_table(result: Any) -> Table:
 def density(
     run: Annotated[Path, typer.Argument(help="Folder of a window run with linear mixing.")],
     ends: Annotated[bool, typer.Option("--ends", help="Use the first and the last state alone.")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Free-energy difference from the density of the operator; states need not overlap."""
@@ -649,7 +710,6 @@ def density(
     from .constants import U_NK_FILE
     from .density import fit_operator_density
     from .estimate import Estimate, read_table, state_operators
-    from .report import with_error
 
     states = state_operators(read_table(run / U_NK_FILE))
     chosen = (0, len(states.lams) - 1) if ends else range(len(states.lams))
@@ -662,14 +722,10 @@ def density(
         return
     value = Estimate("density", found.delta_f, found.d_delta_f, states.temperature)
     console = _console()
-    table = Table(title=f"Delta f at {states.temperature:g} K", title_justify="left")
-    table.add_column("from")
-    for unit in ("kT", "kJ/mol", "kcal/mol"):
-        table.add_column(unit, justify="right")
-    table.add_row(
-        "density of the operator", *(Text(with_error(*value.to(u))) for u in ("kT", "kJ/mol", "kcal/mol"))
-    )
-    console.print(table)
+    console.print(_estimate_table(states.temperature, {"density of the operator": value}))
+    if quiet:
+        console.print(Text(f"Audit: {audit.verdict}", STYLES[audit.verdict]))
+        return
     rows = Table(title="States", title_justify="left")
     for name in ("lambda", "frames", "g", "mean O [kT]", "chi2 / dof"):
         rows.add_column(name, justify="right")
@@ -704,11 +760,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="HTML file; report.html beside the record if omitted.")
     ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make the HTML page of a record again."""
     from .report import report_from_record
 
-    typer.echo(report_from_record(record, out))
+    page = report_from_record(record, out)
+    typer.echo(json.dumps({"report": str(page)}, indent=1) if as_json else page)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ NEGLIGIBLE = 8.0
 ROUGHNESS = tuple(10.0 ** np.arange(-1.0, 5.0))
 """Prior precisions of the third differences along z that are averaged over."""
 
-ACROSS = (0.1, 10.0, 1e3, 1e5)
+ACROSS = (0.1, 100.0, 1e5)
 """Prior precisions of the second differences along the summary: a curve that tilts linearly is free."""
 
 

@@ -20,6 +20,9 @@ from .errors import InputError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+# A bound in a field's own Field(...) is lost beside one in its annotation: a type for each bound.
+Several = Annotated[int, Field(ge=2)]
+Frames = Annotated[int, Field(ge=20)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 _Model = TypeVar("_Model", bound="Settings")
@@ -40,16 +43,16 @@ class DemoSettings(Settings):
     seed: Seed = Field(default=1, description="every random number follows from it")
     timestep: Positive = Field(default=0.001, description="ps")
     friction: Positive = Field(default=1.0, description="1/ps")
-    n_frames: Count = Field(default=3000, ge=20, description="training frames per end state")
+    n_frames: Frames = Field(default=3000, description="training frames per end state")
     interval: Count = Field(default=400, description="steps between training frames")
     n_equil: int = Field(default=5000, ge=0, description="steps thrown away before every run")
-    n_test: Count = Field(default=1000, ge=20, description="held-out frames per end state")
+    n_test: Frames = Field(default=1000, description="held-out frames per end state")
     n_draws: Count = Field(default=2, description="noise draws per frame and noise level in the fit")
     sigma_max: Positive = Field(default=0.05, description="noise at t = 1 [nm]")
-    n_windows: Count = Field(default=11, ge=2, description="lambda windows")
-    window_frames: Count = Field(default=160, ge=20, description="frames per window")
+    n_windows: Several = Field(default=11, description="lambda windows")
+    window_frames: Frames = Field(default=160, description="frames per window")
     window_interval: Count = Field(default=500, description="steps between frames of a window")
-    base_frames: Count = Field(default=400, ge=20, description="frames of the run on the base action alone")
+    base_frames: Frames = Field(default=400, description="frames of the run on the base action alone")
     base_interval: Count = Field(default=500, description="steps between them")
     n_workers: Count = Field(default=1, description="processes that share the windows; changes no number")
 
@@ -115,7 +118,7 @@ class ForceSettings(Settings):
 class StatesSettings(Settings):
     """Evenly spread lambda states, ``lambda = (k/(n-1))^power``."""
 
-    n: Count = Field(default=11, ge=2)
+    n: Several = 11
     power: Positive = 1.0
 
 
@@ -185,8 +188,8 @@ class WindowsSettings(SamplerSettings, MoleculeSettings):
 class SampleSettings(Settings):
     """Sampling of the end states, for the fit."""
 
-    n_frames: Count = Field(default=3000, ge=20, description="training frames per end state")
-    n_test: Count = Field(default=500, ge=20, description="frames per end state held out to judge the fit")
+    n_frames: Frames = Field(default=3000, description="training frames per end state")
+    n_test: Frames = Field(default=500, description="frames per end state held out to judge the fit")
     interval: Count = Field(
         default=500, description="steps between frames; as long as they take to decorrelate"
     )
@@ -316,15 +319,15 @@ def check_settings(kind: type[_Model], content: Mapping[str, Any], where: str) -
     try:
         return kind.model_validate(content)
     except pydantic.ValidationError as err:
-        raise InputError(
-            "\n".join(f"{where}: {_advice(kind, e)}" for e in err.errors(include_url=False))
-        ) from err
+        errors = err.errors(include_url=False)
+        advice = [_advice(kind, e) for e in errors if _is_meant(e, content)]
+        raise InputError("\n".join(f"{where}: {line}" for line in dict.fromkeys(advice))) from err
 
 
 def _advice(kind: type[BaseModel], error: Any) -> str:
     """One pydantic error as: key, expected, found, and for unknown keys the nearest ones."""
     loc = [str(part) for part in error["loc"] if not _is_union_tag(part)]
-    key = ".".join(loc) or "file"
+    key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         allowed = _keys_at(kind, list(error["loc"][:-1]))
         near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
@@ -333,9 +336,29 @@ def _advice(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: expected a value, found none; add this key."
     if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}."
+        return ": ".join(part for part in (key, f"{error['ctx']['error']}.") if part)
+    if error["type"] in ("model_type", "list_type") and key.split(".")[-1] == "states":
+        wanted = "{n: 11, power: 1.0} or a list of {parameter: value}"
+        return f"{key}: expected {wanted}, found {error['input']!r}."
+    if error["type"] in ("too_long", "too_short"):
+        bound, n = ("most", "max") if error["type"] == "too_long" else ("least", "min")
+        return f"{key}: expected at {bound} {error['ctx'][f'{n}_length']}, found {len(error['input'])}."
     message = error["msg"].removeprefix("Input should be ")
     return f"{key}: expected {message}, found {error['input']!r}."
+
+
+def _is_meant(error: Any, content: Any) -> bool:
+    """Whether an error is of the branch of a union that the value looks like: mapping or list."""
+    for part in error["loc"]:
+        if _is_union_tag(part):
+            return not isinstance(content, dict | list) or isinstance(content, dict) == part.endswith(
+                "Settings"
+            )
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):
+            return True
+    return True
 
 
 def _is_union_tag(part: Any) -> bool:
@@ -423,16 +446,19 @@ def read_system(
     if settings.forcefield is not None:
         try:
             systems = [app.ForceField(*settings.forcefield).createSystem(pdb.topology, **options)]
-        except (ValueError, OSError) as err:
+        except Exception as err:  # as with its other readers
             raise InputError(
                 f"{topology}: {' and '.join(settings.forcefield)} cannot describe it ({err})."
             ) from err
-    elif settings.prmtop is not None:
-        systems = [_read_prmtop(p, options) for p in settings.prmtop]
-    elif settings.end_states is not None:
-        systems = [_read_system(p) for p in settings.end_states]
     else:
-        systems = [_read_system(settings.xml)]
+        files: tuple[Any, ...] = settings.prmtop or settings.end_states or (settings.xml,)
+        systems = [_read_prmtop(p, options) if settings.prmtop else _read_system(p) for p in files]
+        for path, system in zip(files, systems, strict=True):
+            if (n := system.getNumParticles()) != pdb.topology.getNumAtoms():
+                raise InputError(
+                    f"{topology}: expected the {n} atoms of {path}, found {pdb.topology.getNumAtoms()}; "
+                    "both must hold the same molecule, with its atoms in the same order."
+                )
     pair = EndStatePair(systems[0], systems[1], pdb.topology, temperature) if len(systems) == 2 else None
     return SystemParts(pdb.topology, positions, systems[0], pair)
 
@@ -511,7 +537,8 @@ def project_template(source: str, value: Any, topology: str | None) -> str:
             if name == "simulate" and key == "mode" and single:
                 inner = "replace"
             text = (
-                part.description or "evenly spread, lambda = (k/(n-1))^power; or a list of {parameter: value}"
+                part.description
+                or "evenly spread, lambda = (k/(n-1))^power; or a list of {diffforce_lambda: value}"
             )
             lines.append(f"  {key}: {flow(inner)}  # {text}")
     return "\n".join(lines) + "\n"
@@ -581,14 +608,30 @@ def read_pdb(path: Path | None) -> Any:
     Raises
     ------
     InputError
-        If it cannot be read.
+        If it cannot be read, or a coordinate is not finite.
     """
+    import numpy as np
     from openmm import app
 
     try:
-        return app.PDBFile(str(path))
-    except (OSError, ValueError, KeyError, IndexError) as err:
-        raise InputError(f"{path}: expected a PDB file, found {err}.") from err
+        with open(path or "", encoding="utf-8") as stream:  # OpenMM leaves open what it cannot read
+            pdb = app.PDBFile(stream)
+    except OSError as err:
+        raise InputError(f"{path}: expected a readable PDB file, found {err.strerror}.") from err
+    except Exception as err:  # OpenMM's reader raises what its parser happens to meet
+        raise InputError(
+            f"{path}: expected a PDB file with atoms, found one that cannot be read ({err})."
+        ) from err
+    if pdb.topology.getNumAtoms() == 0:
+        raise InputError(f"{path}: expected a PDB file with atoms, found none.")
+    x = np.array(pdb.getPositions(asNumpy=True)._value)
+    if not np.isfinite(x).all():
+        atom = list(pdb.topology.atoms())[int(np.argwhere(~np.isfinite(x))[0][0])]
+        raise InputError(
+            f"{path}: expected finite coordinates, found {x[atom.index].tolist()} nm for atom {atom.index} "
+            f"({atom.name} of {atom.residue.name} {atom.residue.id})."
+        )
+    return pdb
 
 
 def _read_system(path: Path | None) -> Any:

@@ -5,7 +5,6 @@ windows under the learned and under the classical operator, run dynamics on the 
 action alone, and compare. The benchmarks run the same stages for longer.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,29 +19,27 @@ import torch
 from . import analysis
 from .alanine import TEMPERATURE, AlanineCase, alanine_case
 from .alchemy import lambda_states
-from .artefact import Artefact, export_artefact, load_artefact
+from .artefact import Artefact
 from .config import DemoSettings
 from .constants import RECORD_FILE
-from .errors import InputError, ResumeError
+from .errors import ResumeError
 from .estimate import end_correction, estimate_free_energy, reweight, standard_score
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import base_tables, outside_fraction
-from .project import fit_quality, fit_seconds
+from .project import fit_model, fit_quality, fit_seconds
 from .record import atomic_path, make_record, settings_hash, write_json
 from .report import save_figures, write_report
-from .schedule import VESchedule
+from .runs import make_folder
 from .systems import (
     FloatArray,
     clone_system,
     forces,
-    graph_from_topology,
     make_context,
     sample,
     start_context,
     step_checked,
 )
-from .training import fit_physical_model
 from .units import thermal_energy
 from .windows import run_windows
 
@@ -176,11 +173,7 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     settings = settings or DemoSettings()
-    folder = Path(out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise InputError(f"out_dir: expected a folder that can be made, found {err}.") from err
+    folder = make_folder(out_dir)
     # One molecule is too small for more threads: they cost more than they compute.
     torch.set_num_threads(1)
     console = Console(quiet=not progress, stderr=True)
@@ -218,7 +211,11 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     console.print("[bold]2/6[/] fitting base action and operator at every noise level")
     artefact_path = folder / ARTEFACT_FILE
     with timing.stage("fit"), console.status("score matching and regression"):
-        artefact = _fit_or_load(case, train, settings, artefact_path)
+        artefact = fit_model(
+            train, case.pair, case.topology, artefact_path, sites=case.perturbed,
+            sigma_max=settings.sigma_max, n_draws=settings.n_draws, seed=settings.seed,
+            temperature=TEMPERATURE,
+        )  # fmt: skip
     quality = fit_quality(artefact.model, case.system_0, case.pair, test)
 
     states = lambda_states(settings.n_windows)
@@ -357,28 +354,6 @@ def run_demo(out_dir: Path | str, *, settings: DemoSettings | None = None, progr
     write_json(path, record)
     write_report(record, figures, folder / "report.html")
     return path
-
-
-def _fit_or_load(case: AlanineCase, train: list[FloatArray], settings: DemoSettings, path: Path) -> Artefact:
-    """Fit and export, or take the artefact that the same frames and settings gave before."""
-    inputs = settings_hash({
-        "frames": [hashlib.sha256(x.tobytes()).hexdigest() for x in train],
-        "seed": settings.seed, "n_draws": settings.n_draws, "sigma_max": settings.sigma_max,
-    })  # fmt: skip
-    if path.exists():
-        kept = load_artefact(path)
-        if kept.metadata["training"].get("inputs_sha256") == inputs:
-            return kept
-    graph = graph_from_topology(case.topology)
-    schedule = VESchedule(settings.sigma_max)
-    model, training = fit_physical_model(
-        train[0], case.pair.operator_values(train[0]),
-        train[1], case.pair.operator_values(train[1]),
-        graph, case.perturbed, schedule, seed=settings.seed, n_draws=settings.n_draws,
-    )  # fmt: skip
-    export_artefact(model, path, graph=graph, schedule=schedule, temperature=TEMPERATURE,
-                    training={**training, "inputs_sha256": inputs}, frames=train[0])  # fmt: skip
-    return load_artefact(path)
 
 
 def _window_frames(run: Any) -> FloatArray:

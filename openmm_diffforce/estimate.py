@@ -255,6 +255,11 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     """
     try:
         table = pd.read_parquet(path)
+    except FileNotFoundError as err:
+        raise InputError(
+            f"{path}: expected the table of a finished run of windows, found no such file; give the "
+            "run's folder, and call windows again if it was stopped."
+        ) from err
     except (OSError, ValueError) as err:
         raise InputError(f"{path}: expected a parquet table, found {err}.") from err
     columns = list(table.columns)

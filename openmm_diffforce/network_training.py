@@ -54,7 +54,7 @@ from .models.stiff import STIFF_SINE, StiffDenoiser, chosen_coordinates
 from .ops import TORSION
 from .record import atomic_path
 from .schedule import NoiseSchedule
-from .training import _best_penalty, _blocks, _roughness, check_frames
+from .training import _best_penalty, _blocks, _roughness, check_ends, check_frames
 
 Tensor = torch.Tensor
 
@@ -411,17 +411,7 @@ def fit_network(
     """
     settings = settings or (NetworkSettings() if base is None else RESIDUAL)
     _check_settings(settings)
-    frames, values = [], []
-    for end, (x, o) in enumerate(((x_0, o_0), (x_1, o_1))):
-        x = check_frames(x, graph.n_atoms, name=f"x_{end}")
-        o = np.asarray(o, dtype=float)
-        if o.shape != (len(x),) or not np.isfinite(o).all():
-            raise InputError(
-                f"o_{end}: expected {len(x)} finite operator values [kT], one per frame, found shape "
-                f"{list(o.shape)}."
-            )
-        frames.append(x)
-        values.append(o)
+    frames, values = check_ends(x_0, o_0, x_1, o_1, graph.n_atoms)
     started = time.process_time()
     both = np.concatenate(values)
     unit = max(float(both.std()), 1e-3)

@@ -4,6 +4,9 @@ Each stage is a folder under the project's ``out_dir`` and can be stopped and ca
 next stage reads what it left.
 """
 
+import contextlib
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,19 @@ import numpy as np
 import openmm
 import torch
 
+from . import __version__
 from .alchemy import EndStatePair, lambda_states
 from .analysis import load_trajectory
-from .artefact import export_artefact, load_artefact
+from .artefact import Artefact, export_artefact, load_artefact
 from .config import ProjectSettings, SamplerSettings, StatesSettings, SystemParts, read_system
-from .constants import LAMBDA
-from .errors import InputError
+from .constants import LAMBDA, U_NK_FILE
+from .errors import InputError, ModelError, PoorOverlapError
+from .estimate import MIN_OVERLAP, EndCorrection, FreeEnergyEstimate, end_correction
 from .exchange import run_expanded_ensemble, run_replica_exchange
 from .force import DiffusionForce, mix
 from .models.action import model_fields
 from .models.physics import PhysicalModel
-from .record import write_json
+from .record import settings_hash, write_json
 from .schedule import VESchedule
 from .systems import (
     FloatArray,
@@ -188,8 +193,90 @@ def sample_project(project: ProjectSettings, *, progress: Any = True) -> WindowR
     )  # fmt: skip
 
 
+def _sampled_ends(project: ProjectSettings, parts: SystemParts) -> list[FloatArray]:
+    """Frames [nm] of each end that :func:`sample_project` left, with these settings and no others."""
+    folder = project.out_dir / ENDS_DIR
+    for end in range(1 if parts.pair is None else 2):
+        path = folder / f"window_{end:03d}.{project.trajectory}"
+        if not path.exists():
+            raise InputError(f"{path}: expected the frames of end state {end}, found none; run sample first.")
+    # A finished run is only held against its settings: other Systems, another temperature are refused.
+    run = sample_project(project, progress=False)
+    return [load_trajectory(p, run.topology).xyz.astype(np.float64) for p in run.trajectories]
+
+
+def fit_model(
+    frames: Sequence[FloatArray], pair: EndStatePair | None, topology: Any, path: Path, *,
+    sites: Sequence[int] | None, sigma_max: float, n_draws: int, seed: int, temperature: float,
+) -> Artefact:  # fmt: skip
+    """Fit a physical model and export it; or load what the same frames and settings gave before.
+
+    Windows belong to one model file, and a fit repeated to the last digit is another file (it holds
+    its CPU time): hence the second half.
+
+    Parameters
+    ----------
+    frames : sequence of float arrays [n_frames, n_atoms, 3]
+        Of end state 0, and of 1 where there is a pair [nm].
+    pair : EndStatePair or None
+        Without it a base action alone is fitted.
+    topology : openmm.app.Topology
+    path : pathlib.Path
+        Of the model file.
+    sites : sequence of int or None
+        Perturbed atoms; the pair's own where None.
+    sigma_max : float
+        Noise at t = 1 [nm].
+    n_draws, seed : int
+    temperature : float
+        [K].
+
+    Raises
+    ------
+    DiffForceError
+        From the fit or the export.
+    """
+    graph, schedule = graph_from_topology(topology), VESchedule(sigma_max)
+    operators = [] if pair is None else [pair.operator_values(x) for x in frames]
+    if pair is not None and sites is None:
+        sites = pair.perturbed_atoms
+    digests = [hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for v in (*frames, *operators)]
+    inputs = settings_hash({
+        "version": __version__, "data": digests, "bonds": graph.bonds_hash(), "sites": sites,
+        "sigma_max": sigma_max, "n_draws": n_draws, "seed": seed, "temperature": temperature,
+    })  # fmt: skip
+    if path.exists():
+        with contextlib.suppress(ModelError):  # a damaged file is written anew
+            kept = load_artefact(path)
+            if kept.metadata["training"].get("inputs_sha256") == inputs:
+                return kept
+    if pair is None or sites is None:
+        base = fit_base_action(
+            frames[0], graph, sigma_knots=default_knots(schedule), n_draws=n_draws,
+            generator=np.random.default_rng(seed),
+        )  # fmt: skip
+        model = PhysicalModel(base.tables, None, schedule)
+        training: dict[str, Any] = {"model": "PhysicalModel", "seed": seed, "n_frames": [len(frames[0])],
+                                    "base": base.record}  # fmt: skip
+    else:
+        model, training = fit_physical_model(
+            frames[0],
+            operators[0],
+            frames[1],
+            operators[1],
+            graph,
+            sites,
+            schedule,
+            seed=seed,
+            n_draws=n_draws,
+        )
+    export_artefact(model, path, graph=graph, schedule=schedule, temperature=temperature,
+                    training={**training, "inputs_sha256": inputs}, frames=frames[0])  # fmt: skip
+    return load_artefact(path)
+
+
 def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
-    """Fit to the frames that :func:`sample_project` left, and write the model file.
+    """Fit to the frames that :func:`sample_project` left, and write the model file; once.
 
     Returns
     -------
@@ -202,6 +289,8 @@ def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
     ------
     InputError
         If there are no frames yet, or the molecule is too large.
+    ResumeError
+        If the frames were sampled with other settings.
     DiffForceError
         From the fit or the export.
     """
@@ -212,42 +301,18 @@ def fit_project(project: ProjectSettings) -> tuple[Path, dict[str, Any]]:
             f"fit: expected at most {MOST_ATOMS} atoms, found {n_atoms}; the physical model has a feature "
             "for every pair of atoms: fit the molecule of interest alone."
         )
-    folder, suffix = project.out_dir / ENDS_DIR, project.trajectory
-    train, test = [], []
-    for end in range(1 if parts.pair is None else 2):
-        path = folder / f"window_{end:03d}.{suffix}"
-        if not path.exists():
-            raise InputError(f"{path}: expected the frames of end state {end}, found none; run sample first.")
-        x = load_trajectory(path, folder / "topology.pdb").xyz.astype(np.float64)
-        if len(x) != project.sample.n_frames + project.sample.n_test:
-            raise InputError(
-                f"{path}: expected {project.sample.n_frames} + {project.sample.n_test} frames, found "
-                f"{len(x)}; run sample with these settings first."
-            )
-        train.append(x[: project.sample.n_frames])
-        test.append(x[project.sample.n_frames :])
-    graph, schedule = graph_from_topology(parts.topology), VESchedule(project.fit.sigma_max)
-    if parts.pair is None:
-        base = fit_base_action(
-            train[0], graph, sigma_knots=default_knots(schedule), n_draws=project.fit.n_draws,
-            generator=np.random.default_rng(project.seed),
-        )  # fmt: skip
-        model = PhysicalModel(base.tables, None, schedule)
-        training: dict[str, Any] = {"model": "PhysicalModel", "seed": project.seed,
-                                    "n_frames": [len(train[0])], "base": base.record}  # fmt: skip
-    else:
-        sites = parts.pair.perturbed_atoms if project.fit.sites is None else project.fit.sites
-        model, training = fit_physical_model(
-            train[0], parts.pair.operator_values(train[0]), train[1], parts.pair.operator_values(train[1]),
-            graph, sites, schedule, seed=project.seed, n_draws=project.fit.n_draws,
-        )  # fmt: skip
+    ends = _sampled_ends(project, parts)
+    train = [x[: project.sample.n_frames] for x in ends]
+    test = [x[project.sample.n_frames :] for x in ends]
     path = project.out_dir / MODEL_FILE
-    export_artefact(model, path, graph=graph, schedule=schedule, temperature=project.temperature,
-                    training=training, frames=train[0])  # fmt: skip
+    artefact = fit_model(
+        train, parts.pair, parts.topology, path, sites=project.fit.sites, sigma_max=project.fit.sigma_max,
+        n_draws=project.fit.n_draws, seed=project.seed, temperature=project.temperature,
+    )  # fmt: skip
     quality = {
-        **fit_quality(load_artefact(path).model, parts.system, parts.pair, tuple(test),
+        **fit_quality(artefact.model, parts.system, parts.pair, tuple(test),
                       temperature=project.temperature),
-        "cpu_seconds": fit_seconds(training),
+        "cpu_seconds": fit_seconds(artefact.metadata["training"]),
     }  # fmt: skip
     write_json(project.out_dir / QUALITY_FILE, quality)
     return path, quality
@@ -258,6 +323,11 @@ def _learned(project: ProjectSettings, parts: SystemParts, mode: str) -> tuple[o
     path = project.out_dir / MODEL_FILE
     if not path.exists():
         raise InputError(f"{path}: expected a fitted model, found none; run fit first.")
+    if mode == "operator" and parts.pair is None:
+        raise InputError(
+            "simulate.mode: expected replace where there is one System, found operator; an operator needs "
+            "two end states."
+        )
     force = DiffusionForce(
         path, topology=parts.topology, mode="add" if mode == "replace" else mode,
         temperature=project.temperature, backend=project.backend,
@@ -309,3 +379,76 @@ def windows_project(project: ProjectSettings, *, progress: Any = True) -> Window
         project.windows,
         **_arguments(project, WINDOWS_DIR, system, parts, states, project.windows, progress, force),
     )
+
+
+def finished_windows(project: ProjectSettings) -> WindowRun:
+    """The windows that :func:`windows_project` left, held against project and model; nothing is run.
+
+    Raises
+    ------
+    InputError
+        If they are not finished.
+    ResumeError
+        If windows, model and project do not belong together.
+    """
+    folder = project.out_dir / WINDOWS_DIR
+    if not (folder / U_NK_FILE).exists():
+        raise InputError(f"{folder}: expected a finished run of windows, found none; run windows first.")
+    return windows_project(project, progress=False)
+
+
+def correct_end(
+    project: ProjectSettings, run: WindowRun, estimate: FreeEnergyEstimate, *, decorrelate: bool = True,
+    min_overlap: float = MIN_OVERLAP,
+) -> EndCorrection:  # fmt: skip
+    """From the learned end state 1 of a project's windows to that of the force field.
+
+    BAR between the frames of the last window and the held-out frames of end state 1.
+
+    Parameters
+    ----------
+    project : ProjectSettings
+    run : WindowRun
+        From :func:`finished_windows`.
+    estimate : FreeEnergyEstimate
+        Of the run.
+    decorrelate : bool
+    min_overlap : float
+        Gate on the overlap of the learned and the classical end state.
+
+    Raises
+    ------
+    InputError
+        If the windows do not go from lambda = 0 to 1, or the sampled ends are not there.
+    PoorOverlapError
+        If the learned end state is another one than the force field's.
+    """
+    ends = [list(state.values()) for state in (run.states[0], run.states[-1])]
+    if ends != [[0.0], [1.0]]:
+        raise InputError(
+            f"end correction: expected windows from lambda 0 to 1, found {ends[0]} to {ends[1]}."
+        )
+    if len(run.trajectories) != len(run.states):
+        raise InputError(
+            f"end correction: expected frames of all {len(run.states)} windows, found those of "
+            f"{len(run.trajectories)}; the walker never came to the others: run longer."
+        )
+    parts = _parts(project)
+    model = load_artefact(project.out_dir / MODEL_FILE).model
+    learned = load_trajectory(run.trajectories[-1], run.topology).xyz.astype(np.float64)
+    classical = _sampled_ends(project, parts)[1][project.sample.n_frames :]
+
+    def gap(x: FloatArray) -> FloatArray:
+        """Classical less learned reduced potential of end state 1."""
+        increment = model_fields(model, x, lam=1.0)[0] - model_fields(model, x)[0]
+        return np.asarray(parts.pair.operator_values(x) - increment)
+
+    try:
+        return end_correction(
+            estimate, work_1=(gap(learned), -gap(classical)), decorrelate=decorrelate, min_overlap=min_overlap
+        )
+    except PoorOverlapError as err:
+        err.add_note(
+            f"Without the correction, between the learned end states: diffforce estimate {run.out_dir}"
+        )
+        raise

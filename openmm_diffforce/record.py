@@ -147,6 +147,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         part.replace(target)
+    except OSError as err:
+        err.add_note(f"While writing {target}; the old file, if there was one, is intact.")
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -171,7 +174,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as err:
         raise InputError(f"{path}: expected a readable file, found {err.strerror}.") from err
     except ValueError as err:
-        raise InputError(f"{path}: expected JSON, found {err}.") from err
+        raise InputError(f"{path}: expected JSON, found something else ({err}).") from err
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value

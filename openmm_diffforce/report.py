@@ -238,6 +238,11 @@ def check_record(record: Mapping[str, Any]) -> Record:
     try:
         return Record.model_validate(plain(record))
     except pydantic.ValidationError as err:
+        if "what" not in record:
+            raise InputError(
+                "record: expected the record.json of a demonstration or a run, found JSON without its key "
+                "what."
+            ) from err
         lines = [
             f"record: {'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r:.60}"
             for e in err.errors(include_url=False)

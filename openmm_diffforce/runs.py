@@ -183,7 +183,9 @@ def make_folder(out_dir: str | os.PathLike[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise InputError(f"out_dir: expected a folder that can be made, found {err}.") from err
+        raise InputError(
+            f"out_dir: expected a folder that can be made, found {folder}: {err.strerror}."
+        ) from err
     return folder
 
 
@@ -443,6 +445,9 @@ def system_hash(system: mm.System, learned: tuple[LearnedForce, ...]) -> str:
 def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new run; compare them with those of one that is resumed.
 
+    A run that failed before it computed anything, on a misspelt parameter for one, may be begun
+    again with other settings.
+
     Raises
     ------
     ResumeError
@@ -450,7 +455,7 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
-        if any(folder.glob("window_*")) or any(folder.glob("state_*")) or any(folder.glob("*.parts")):
+        if _has_results(folder):
             raise ResumeError(
                 f"{folder}: expected {SETTINGS_FILE} beside the windows found there; choose another out_dir."
             )
@@ -465,9 +470,15 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
         raise ResumeError(f"{path}: expected unaltered settings, found another hash in the file.")
     if found["sha256"] == settings_hash(settings):
         return
+    if not _has_results(folder):
+        (folder / TOPOLOGY_FILE).unlink(missing_ok=True)
+        write_json(path, {"sha256": settings_hash(settings), "settings": settings})
+        return
     new = plain(settings)
     changed = [
-        f"{key} ({_short(old.get(key))} there, {_short(new.get(key))} now)"
+        f"{key} ({_HASHED[key]})"
+        if key in _HASHED
+        else f"{key} ({_short(old.get(key))} there, {_short(new.get(key))} now)"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -475,6 +486,19 @@ def check_settings_file(folder: Path, settings: dict[str, Any]) -> None:
         f"{folder}: expected a run with the same settings, found other values of "
         f"{'; '.join(changed)}; use the settings it was made with, or another out_dir."
     )
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a run left anything that was computed; an empty folder of parts is nothing."""
+    left = (p for pattern in ("window_*", "state_*", "*.parts") for p in folder.glob(pattern))
+    return any(p.is_file() or any(p.iterdir()) for p in left)
+
+
+_HASHED = {
+    "system_sha256": "another System or learned model",
+    "positions_sha256": "other starting positions",
+    "atoms_sha256": "other atoms in the topology",
+}
 
 
 def _short(value: Any) -> str:
@@ -536,9 +560,9 @@ def interrupt_flag() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def progress_bar(
-    progress: bool | Callable[[int, int], None], n_total: int, *, what: str = "windows"
+    progress: bool | Callable[[int, int], None], n_total: int, *, what: str = "sampling"
 ) -> Iterator[Callable[[int], None]]:
-    """Yield ``count(n)``, which adds n frames to a bar with ETA, to nothing, or to a callable."""
+    """Yield ``count(n)``, which adds n frames to a bar with ETA on stderr, to nothing, or to a callable."""
     n_done = 0
     if callable(progress):
         call = progress
@@ -553,6 +577,7 @@ def progress_bar(
     if not progress:
         yield lambda n: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
@@ -563,6 +588,7 @@ def progress_bar(
         TimeElapsedColumn(),
         TextColumn("ETA"),
         Remaining(),
+        console=Console(stderr=True),
     )
     with bar:
         task = bar.add_task(what, total=n_total)

@@ -888,9 +888,10 @@ def set_parameter(context: mm.Context, name: str, value: float) -> None:
     try:
         context.setParameter(name, float(value))
     except mm.OpenMMException as err:
+        known = ", ".join(sorted(dict(context.getParameters())))
         raise InputError(
-            f"parameter {name!r}: expected one of {sorted(dict(context.getParameters()))}, which "
-            "the forces of this System define; check the name (a learned force prefixes its own)."
+            f"parameter {name!r}: expected one of those that the forces of this System define "
+            f"({known or 'there are none'}); check the name (a learned force prefixes its own)."
         ) from err
 
 

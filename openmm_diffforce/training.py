@@ -141,6 +141,30 @@ def check_frames(x: Any, n_atoms: int, *, name: str = "x") -> np.ndarray:
     return x
 
 
+def check_ends(
+    x_0: Any, o_0: Any, x_1: Any, o_1: Any, n_atoms: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Frames [n_frames, n_atoms, 3] nm and operator values [n_frames] kT of both ends, checked.
+
+    Raises
+    ------
+    InputError
+        If frames are unusable, or the values are not one finite number for each frame.
+    """
+    frames, values = [], []
+    for end, (x, o) in enumerate(((x_0, o_0), (x_1, o_1))):
+        x = check_frames(x, n_atoms, name=f"x_{end}")
+        o = np.asarray(o, dtype=float)
+        if o.shape != (len(x),) or not np.isfinite(o).all():
+            raise InputError(
+                f"o_{end}: expected {len(x)} finite operator values [kT], one per frame, "
+                f"found shape {list(o.shape)}."
+            )
+        frames.append(x)
+        values.append(o)
+    return frames, values
+
+
 def _check_knots(sigma_knots: Sequence[float]) -> np.ndarray:
     knots = np.asarray(sigma_knots, dtype=float)
     if (
@@ -560,17 +584,7 @@ def fit_operator(
     """
     knots = _check_knots(sigma_knots)
     _check_draws(n_draws)
-    frames, values = [], []
-    for end, (x, o) in enumerate(((x_0, o_0), (x_1, o_1))):
-        x = check_frames(x, graph.n_atoms, name=f"x_{end}")
-        o = np.asarray(o, dtype=float)
-        if o.shape != (len(x),) or not np.isfinite(o).all():
-            raise InputError(
-                f"o_{end}: expected {len(x)} finite operator values [kT], one per frame, "
-                f"found shape {list(o.shape)}."
-            )
-        frames.append(x)
-        values.append(o)
+    frames, values = check_ends(x_0, o_0, x_1, o_1, graph.n_atoms)
     started = time.process_time()
     env, pair_type, labels = operator_pairs(graph, sites)
     a_idx, b_idx = np.nonzero(pair_type >= 0)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import openmm_diffforce
@@ -25,6 +27,8 @@ from openmm_diffforce.schedule import VESchedule
 from .test_report import a_record
 
 WINDOWS = "system: {alanine: F1}\nn_frames: 30\nn_equil: 100\ninterval: 20\nstates: {n: 2}\nout_dir: run\n"
+
+COMMANDS = tuple(get_command(cli.app).commands)
 
 
 def invoke(*arguments: Any) -> Any:
@@ -82,8 +86,22 @@ def test_help_names_every_command_and_is_fast() -> None:
         [sys.executable, "-m", "openmm_diffforce.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert time.monotonic() - start < 10  # importing torch alone takes longer on a busy machine
-    for command in ("demo", "doctor", "inspect", "windows", "estimate", "report"):
+    for command in COMMANDS:
         assert f" {command} " in run.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_is_whole(command: str) -> None:
+    """Every option and argument has its text, and none of it is taken for markup."""
+    result = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "400"})
+    assert result.exit_code == 0
+    shown = " ".join(result.output.replace("\u2502", " ").split())
+    parameters = [p for p in get_command(cli.app).commands[command].params if p.name != "help"]
+    for parameter in parameters:
+        text = parameter.help
+        assert text, f"{command}: {parameter.name}"
+        assert text in shown, f"{command}: {text}"
+    assert {"quiet", "as_json"} <= {p.name for p in parameters}
 
 
 def test_version() -> None:
@@ -196,6 +214,45 @@ def test_other_samplers_from_yaml(tmp_path: Path, sampler: str, n_steps: int) ->
     assert "expected a run with the same settings" in other.stderr
 
 
+def test_what_stands_in_brackets_is_text(artefact: Path, tmp_path: Path) -> None:
+    renamed = artefact.rename(tmp_path / "[red]a.diffforce")
+    assert "[red]a.diffforce" in "".join(invoke("inspect", renamed).output.split())
+    assert "f [kT]" in invoke("estimate", a_run(tmp_path / "run")).output
+    assert "mean O [kT]" in invoke("density", tmp_path / "run").output
+
+
+def test_quiet_is_the_result_alone(artefact: Path, tmp_path: Path) -> None:
+    assert invoke("inspect", artefact, "--quiet").output.strip() == file_hash_of_content(artefact)
+    run = a_run(tmp_path / "run")
+    assert "Windows" not in invoke("estimate", run, "--quiet").output
+    quiet = invoke("density", run, "--quiet").output
+    assert "Audit: " in quiet
+    assert "States" not in quiet
+    assert len(invoke("doctor", "--quiet").output.splitlines()) < 5
+
+
+def file_hash_of_content(path: Path) -> str:
+    return str(json.loads(invoke("inspect", path, "--json").output)["sha256"])
+
+
+def test_warnings_are_sentences_without_lines_of_code(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(cli, "app", lambda: warnings.warn("mind the gap", stacklevel=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.main()
+    assert capsys.readouterr().err == "diffforce: mind the gap\n"
+
+
+def test_ctrl_c_before_anything_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openmm_diffforce.report.report_from_record", interrupted)
+    result = invoke("report", tmp_path)
+    assert (result.exit_code, result.stderr) == (130, "diffforce: stopped\n")
+
+
 def test_windows_refuses_an_unknown_key(tmp_path: Path) -> None:
     (tmp_path / "w.yaml").write_text(WINDOWS + "timstep: 1\n")
     result = invoke("windows", tmp_path / "w.yaml")
@@ -270,6 +327,8 @@ def test_report(tmp_path: Path) -> None:
     result = invoke("report", tmp_path / "record.json", "--out", tmp_path / "page.html")
     assert result.exit_code == 0
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    said = json.loads(invoke("report", tmp_path / "record.json", "--json").output)
+    assert Path(said["report"]) == tmp_path / "report.html"
 
 
 def fake_demo(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

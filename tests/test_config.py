@@ -7,8 +7,10 @@ import pytest
 
 from openmm_diffforce.config import (
     DemoSettings,
+    SampleSettings,
     StatesSettings,
     WindowsSettings,
+    check_settings,
     load_settings,
     window_arguments,
 )
@@ -78,10 +80,33 @@ def test_unknown_key_inside_a_part(tmp_path: Path) -> None:
         ("n_adapt: 0", "n_adapt: expected greater than or equal to 1, found 0"),
         ("sampler: exchange\nn_workers: 2", "n_workers: sampler exchange runs in one process"),
         ("sampler: expanded\nn_workers: 2", "n_workers: sampler expanded runs in one process"),
+        ("states: 3", "states: expected {n: 11, power: 1.0} or a list of {parameter: value}, found 3."),
+        ("states: {n: x}", "states.n: expected a valid integer"),
+        ("states: {m: 3}", "states.m: unknown key; allowed: n, power"),
+        ("states: [0, {lambda: 1}]", "states.0: expected a valid dictionary, found 0"),
+        ("states: [{lambda: zero}]", "states.0.lambda: expected a valid number"),
     ],
 )
 def test_values_that_are_not_allowed(tmp_path: Path, change: str, expected: str) -> None:
-    assert expected in refused(tmp_path, GOOD + change + "\n")
+    message = refused(tmp_path, GOOD + change + "\n")
+    assert expected in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "bound"),
+    [
+        *((DemoSettings, key, 20) for key in ("n_frames", "n_test", "window_frames", "base_frames")),
+        (DemoSettings, "n_windows", 2),
+        (StatesSettings, "n", 2),
+        (SampleSettings, "n_frames", 20),
+        (SampleSettings, "n_test", 20),
+    ],
+)
+def test_lower_bounds_hold(kind: type, key: str, bound: int) -> None:
+    assert getattr(check_settings(kind, {key: bound}, "here"), key) == bound
+    with pytest.raises(InputError, match=f"here: {key}: expected greater than or equal to {bound}, found"):
+        check_settings(kind, {key: bound - 1}, "here")
 
 
 def test_exactly_one_system(tmp_path: Path) -> None:

@@ -266,6 +266,14 @@ def test_altered_settings_are_refused(tmp_path: Path, change: dict, word: str) -
         run(tmp_path, **change)
 
 
+@pytest.mark.parametrize("method", [run_replica_exchange, run_expanded_ensemble])
+def test_a_run_that_never_began_may_be_begun_otherwise(tmp_path: Path, method: Any) -> None:
+    with pytest.raises(InputError, match="parameter 'mu'"):
+        run(tmp_path, method, states=lambda_states(3, parameter="mu"))
+    extra = {"n_adapt": 10} if method is run_expanded_ensemble else {}
+    assert run(tmp_path, method, **extra).n_steps > 0
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         run(tmp_path, checkpoint_seconds=1e-9, progress=stop_after(9))

@@ -10,9 +10,10 @@ from openmm import app
 
 from openmm_diffforce.artefact import export_artefact, load_artefact
 from openmm_diffforce.errors import InputError, ModelError, NotConservativeError
+from openmm_diffforce.exchange import run_expanded_ensemble, run_replica_exchange
 from openmm_diffforce.force import DiffusionForce, available_backends
 from openmm_diffforce.models.action import ActionModel, AutogradAction, ScoreModel, model_fields
-from openmm_diffforce.models.examine import examine_model
+from openmm_diffforce.models.examine import SHAKE, _random_chain, examine_model, made_up_frames
 from openmm_diffforce.models.graph import MolecularGraph
 from openmm_diffforce.schedule import VESchedule
 from openmm_diffforce.testing import assert_forces_match_energy, assert_parameter_derivative
@@ -204,6 +205,12 @@ def test_a_bare_score_is_never_an_energy(score_path, tmp_path):
             system, topology(), X, [{force.parameter("lambda"): v} for v in (0.0, 1.0)], temperature=300.0,
             out_dir=tmp_path / "run", n_frames=2, learned=force, progress=False,
         )  # fmt: skip
+    for sampler in (run_replica_exchange, run_expanded_ensemble):
+        with pytest.raises(NotConservativeError, match="reduced potentials"):
+            sampler(
+                system, topology(), X, [{force.parameter("lambda"): v} for v in (0.0, 1.0)],
+                temperature=300.0, out_dir=tmp_path / "run", n_iterations=2, learned=force, progress=False,
+            )  # fmt: skip
     assert not (tmp_path / "run").exists()
     system = openmm.System()
     for mass in (16.0, 1.0, 1.0):
@@ -288,6 +295,48 @@ def test_what_an_export_refuses(tmp_path, model, error, message):
     with pytest.raises(error, match=message):
         export(tmp_path / "m", model())
     assert not list(tmp_path.iterdir())
+
+
+class GoodAtHome(torch.nn.Module):
+    """Springs; an open molecule feels its orientation, as a search that finds now this mode, now that."""
+
+    def forward(self, x: Tensor, t: Tensor, lam: Tensor) -> Tensor:
+        a, b, c = x[:, 1] - x[:, 0], x[:, 2] - x[:, 0], x[:, 1] - x[:, 2]
+        spring = (length(a) - 0.096) ** 2 + (length(b) - 0.096) ** 2 + 0.1 * (length(c) - 0.12) ** 2
+        strange = torch.relu(length(c) - 0.15) * c[:, 0]
+        return 1e4 * (1 + lam) * (spring + strange**2)
+
+
+def test_without_frames_the_examination_finds_a_geometry_of_its_own(tmp_path):
+    chains = np.stack([_random_chain(WATER, seed) for seed in (1, 2)])
+    model = AutogradAction(GoodAtHome())
+    assert [f.name for f in examine_model(model, chains).failures] == ["invariance: rotation"]
+    export(tmp_path / "m", model)
+    frames = made_up_frames(model, WATER)
+    np.testing.assert_array_equal(frames, made_up_frames(model, WATER))
+    np.testing.assert_allclose(np.linalg.norm(frames[:, 1] - frames[:, 0], axis=-1), 0.096, atol=0.015)
+
+
+@pytest.mark.parametrize("how", ["raises", "is NaN", "has no energy"])
+def test_a_model_that_cannot_be_followed_downhill_is_examined_where_it_is(how):
+    class Broken(Centred):
+        conservative = how != "has no energy"
+
+        def fields(self, x: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if how == "raises":
+                raise RuntimeError("no")
+            return torch.full_like(lam, torch.nan), torch.full_like(x, torch.nan), lam
+
+    chains = np.stack([_random_chain(WATER, seed) for seed in (1, 2)])
+    np.testing.assert_allclose(made_up_frames(Broken(), WATER), chains, atol=6 * SHAKE)
+
+
+def test_a_refusal_at_a_made_up_geometry_says_that_it_was_one(tmp_path):
+    with pytest.raises(ModelError, match=r"made-up geometry: with equilibrium frames"):
+        export(tmp_path / "m", Turns())
+    with pytest.raises(ModelError) as caught:
+        export(tmp_path / "m", Turns(), frames=X[None].repeat(2, 0))
+    assert "made-up" not in str(caught.value)
 
 
 def equilibrium(n: int) -> np.ndarray:

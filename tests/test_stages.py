@@ -1,6 +1,7 @@
 """One's own molecule from the command line: init, sample, fit, export, simulate, windows."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -78,6 +79,9 @@ def test_sampled_both_ends(project):
     x = [load_trajectory(ends / f"window_{k:03d}.dcd", ends / "topology.pdb").xyz for k in (0, 1)]
     assert x[0].shape == x[1].shape == (320, 22, 3)
     assert not np.allclose(x[0][0], x[1][0])
+    loud = invoke("sample", project)
+    assert "640/640 frames" in loud.stderr
+    assert loud.stdout.splitlines()[1] == str(ends.resolve())
     again = json.loads(ok("sample", project, "--json"))
     assert again["n_steps"] == 0  # all was there already
 
@@ -109,6 +113,80 @@ def test_windows_of_a_project(project):
     run = json.loads(ok("windows", project, "--json"))
     assert (run["n_states"], run["n_frames"]) == (2, 24)
     assert Path(run["out_dir"]) == (project.parent / "runs" / "windows").resolve()
+
+
+def test_estimate_of_a_project_has_the_end_correction(project):
+    options = ("--no-decorrelate", "--min-overlap", 0)
+    ok("windows", project, "--quiet")
+    found = json.loads(ok("estimate", project, "--json", *options))
+    correction = found["end_correction"]
+    assert correction["correction_0"] is None  # operator mode: at lambda = 0 it is the force field itself
+    assert correction["correction_1"]["n_forward"] == 12
+    assert correction["correction_1"]["n_reverse"] == 20  # the held-out frames
+    mbar, corrected = found["estimates"]["MBAR"], correction["corrected"]
+    shift = correction["correction_1"]["delta_f"]
+    assert corrected["kT"]["value"] == pytest.approx(mbar["kT"]["value"] + shift)
+    folder = project.parent / "runs" / "windows"
+    text = ok("estimate", project, *options)
+    assert "MBAR + end correction" in text
+    assert "force field's end state 1" in text
+    assert "end correction" not in ok("estimate", folder, *options)
+    result = invoke("estimate", project, "--no-decorrelate", "--min-overlap", 50)
+    assert result.exit_code == 1
+
+
+def test_no_end_correction_without_both_ends_of_lambda(project, tmp_path):
+    content = yaml.safe_load(project.read_text())
+    content["windows"]["states"] = [{"diffforce_lambda": 0.0}, {"diffforce_lambda": 0.5}]
+    content["out_dir"] = str(tmp_path)
+    path = project.parent / "half.yaml"
+    path.write_text(yaml.safe_dump(content))
+    (tmp_path / "model.diffforce").write_bytes((project.parent / "runs" / "model.diffforce").read_bytes())
+    result = invoke("estimate", path)
+    assert "expected a finished run of windows, found none; run windows first" in result.output
+    ok("windows", path, "--quiet")
+    result = invoke("estimate", path, "--no-decorrelate", "--min-overlap", 0)
+    assert result.exit_code == 1
+    assert "expected windows from lambda 0 to 1, found [0.0] to [0.5]" in result.output
+
+
+def test_a_fit_is_done_once_and_never_from_frames_of_other_settings(project):
+    path = project.parent / "runs" / "model.diffforce"
+    before = path.read_bytes()
+    ok("fit", project, "--quiet")
+    assert path.read_bytes() == before  # windows belong to one file
+    path.write_bytes(before[:-1])
+    with mock.patch.dict(training.N_COEFS, dict.fromkeys(training.N_COEFS, 5)):
+        ok("fit", project, "--quiet")
+    load_artefact(path)
+    path.write_bytes(before)
+    content = yaml.safe_load(project.read_text())
+    content["temperature"] = 310.0
+    other = project.parent / "warm.yaml"
+    other.write_text(yaml.safe_dump(content))
+    result = invoke("fit", other)
+    assert result.exit_code == 1
+    assert "temperature (300.0 there, 310.0 now)" in result.output
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(project, monkeypatch):
+    model = project.parent / "runs" / "model.diffforce"
+    before = model.read_bytes()
+    original = os.fsync
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = invoke("fit", project)
+    monkeypatch.setattr(os, "fsync", original)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("diffforce: No space left on device; what was finished is kept")
+    assert "While writing" in result.stderr
+    assert "Traceback" not in result.output
+    assert model.read_bytes() == before
+    assert ok("fit", project, "--quiet")
 
 
 @pytest.mark.parametrize("sampler", ["exchange", "expanded"])
@@ -161,6 +239,8 @@ def test_a_force_field_and_a_pdb_file(files, tmp_path):
     result = invoke("windows", path)
     assert result.exit_code == 1
     assert "expected two end states" in result.output
+    shorten(path, simulate={"n_frames": 2})
+    assert "simulate.mode: expected replace where there is one System" in invoke("simulate", path).output
 
 
 # ------------------------------------------------------------------ Amber topologies
@@ -275,6 +355,32 @@ def test_init_refuses(tmp_path, options, message):
     result = invoke("init", tmp_path / "p.yaml", *options)
     assert result.exit_code == 1
     assert message in result.output
+    assert not (tmp_path / "p.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("0.957", "  nan"), "expected finite coordinates, found [nan"),
+        (lambda text: "", "expected a PDB file with atoms"),
+        (lambda text: "END\n", "expected a PDB file with atoms"),
+        (lambda text: "\n".join(text.splitlines()[1:]), "expected the 3 atoms of"),
+        (None, "expected a readable PDB file, found No such file"),
+    ],
+)  # fmt: skip
+def test_init_reads_what_it_is_given(tmp_path, change, message):
+    (tmp_path / "w.prmtop").write_text(water_prmtop())
+    if change is not None:
+        (tmp_path / "w.pdb").write_text(change(WATER_PDB))
+    arguments = ("init", tmp_path / "p.yaml", "--topology", tmp_path / "w.pdb", "--prmtop")
+    result = invoke(*arguments, tmp_path / "w.prmtop")
+    assert result.exit_code == 1
+    assert message in result.output
+    if change is not None:
+        (tmp_path / "w.pdb").write_text(WATER_PDB)
+        too_many = [part for _ in range(2) for part in ("--prmtop", tmp_path / "w.prmtop")]
+        result = invoke(*arguments, tmp_path / "w.prmtop", *too_many)
+        assert "init: prmtop: expected at most 2, found 3" in result.output
     assert not (tmp_path / "p.yaml").exists()
 
 

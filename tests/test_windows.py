@@ -154,6 +154,14 @@ def test_altered_or_foreign_files_are_refused(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+def test_a_run_that_never_began_may_be_begun_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"parameter 'mu': expected one of .* \(lambda\)"):
+        run(tmp_path, states=lambda_states(2, parameter="mu"))
+    assert run(tmp_path).n_steps > 0
+    with pytest.raises(ResumeError, match="seed"):
+        run(tmp_path, seed=1)
+
+
 def test_damaged_window_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     path = tmp_path / "window_001.npz"

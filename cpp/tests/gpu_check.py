@@ -1,8 +1,10 @@
 """Build the library with its CUDA twin and hold the twin to the C++ operator, on a machine with a GPU.
 
-``python cpp/tests/gpu_check.py [--build DIR] [--no-build] [--quick]`` needs torch with CUDA and
-nvcc (cmake if there is one), nothing else. Prints one line for each check, then a table of times
+``python cpp/tests/gpu_check.py [--build DIR] [--no-build] [--quick] [--out]`` needs torch with CUDA
+and nvcc (cmake if there is one), nothing else. Prints one line for each check, then a table of times
 (medians; CUDA events on the device, the wall clock on the CPU); the exit status counts failures.
+``--out`` writes benchmarks/results/kernel_cuda.md if nothing failed. Run it with ``--no-build --quick``
+under ``compute-sanitizer`` to have memory accesses checked too.
 """
 
 import argparse
@@ -27,13 +29,15 @@ F64, F32 = torch.float64, torch.float32
 # Relative to the largest entry; float32 sums of thousands of terms in another order.
 LIMITS = {F64: 1e-10, F32: 2e-4}
 NAMES = ("value", "grad_x", "d_sigma", "d_lam")
-failures = 0
+PAGE = ROOT / "benchmarks" / "results" / "kernel_cuda.md"
+failures = checks = 0
 
 
 def check(name: str, ok: bool, detail: str = "") -> None:
     """One line of the report."""
-    global failures
+    global failures, checks
     failures += not ok
+    checks += 1
     print(f"{'ok    ' if ok else 'FAILED'}  {name}  {detail}", flush=True)
 
 
@@ -134,8 +138,12 @@ def worst(found: Any, expected: Any) -> tuple[float, str]:
     return max(errors)
 
 
-def compare(ops: Any) -> None:
-    """Numbers: the twin against C++ in float64, over boxes, types of lambda, frames."""
+def compare(ops: Any) -> dict[str, float]:
+    """Numbers: the twin against C++ in float64, over boxes, types of lambda, frames.
+
+    Returns the largest error of the twin in each dtype, and of C++ in float32.
+    """
+    largest = {"float64": 0.0, "float32": 0.0, "C++ float32": 0.0}
     shapes = [(4, 2000, 1), (20, 20000, 1), (4, 2000, 7), (70, 333, 3), (1, 1, 2), (3, 100, 70000)]
     for shape, box, integrated in itertools.product(
         shapes, ("none", "orthorhombic", "triclinic"), (False, True)
@@ -155,8 +163,12 @@ def compare(ops: Any) -> None:
             # In float32 both round: neither is the judge of the other.
             error, where = worst(found, expected)
             cpu_error, _ = worst(on_cpu, expected)
+            largest[str(dtype)[6:]] = max(largest[str(dtype)[6:]], error)
+            if dtype == F32:
+                largest["C++ float32"] = max(largest["C++ float32"], cpu_error)
             name = f"{shape} {box} {'integrated' if integrated else 'operator'} {str(dtype)[6:]}"
             check(name, error < LIMITS[dtype], f"{error:.1e} ({where}); C++ {cpu_error:.1e}")
+    return largest
 
 
 def behave(ops: Any) -> None:
@@ -249,14 +261,15 @@ def on_clock(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times) * 1e6
 
 
-def times(ops: Any, quick: bool) -> None:
-    """Table of times; the raw operator, so that Python's checks are left out."""
+def times(ops: Any, quick: bool) -> list[str]:
+    """Rows of the table of times; the raw operator, so that Python's checks are left out."""
     sizes = [(4, 2000, 1), (4, 2000, 100), (4, 2000, 10000), (20, 20000, 1), (20, 20000, 100)]
     if quick:
         sizes = [s for s in sizes if s[2] == 1]
-    print("\n| pairs | frames | dtype | CUDA kernel [us] | plain torch on CUDA [us] "
-          "| C++ on CPU [us] | us/frame CUDA |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
+    lines = [
+        "| pairs | frames | dtype | CUDA twin [us] | plain torch on CUDA [us] | C++ on CPU [us] |",
+        "|---|---|---|---|---|---|",
+    ]
     for n_sites, n_env, n_frames in sizes:
         for dtype in (F32, F64):
             base = problem(n_sites, n_env, n_frames)
@@ -271,15 +284,52 @@ def times(ops: Any, quick: bool) -> None:
             many = n_frames * n_sites * n_env > 10_000_000
             kernel = on_device(functools.partial(raw, cuda), 20 if many else 200)
             host = on_clock(functools.partial(raw, cpu), 3 if many else 50)
-            plain = math.nan
+            plain = None
             if n_frames * n_sites * n_env <= 50_000_000:
                 reference = functools.partial(ops.reference_pair_operator, **cuda)
                 try:
                     plain = on_device(reference, 5 if many else 20)
                 except torch.cuda.OutOfMemoryError:
                     torch.cuda.empty_cache()
-            print(f"| {n_sites} x {n_env} | {n_frames} | {str(dtype)[6:]} | {kernel:,.1f} | "
-                  f"{plain:,.1f} | {host:,.1f} | {kernel / n_frames:,.3f} |", flush=True)  # fmt: skip
+            lines.append(row(n_sites, n_env, n_frames, str(dtype)[6:], kernel, plain, host))
+            print(lines[-1], flush=True)
+    return lines
+
+
+def row(
+    n_sites: int, n_env: int, n_frames: int, dtype: str, kernel: float, plain: float | None, host: float
+) -> str:
+    """One line of the table [us], with ratios to the twin."""
+    cells = [f"{v:,.0f} ({v / kernel:.1f}x)" if v else "not run" for v in (plain, host)]
+    return f"| {n_sites} x {n_env:,} | {n_frames:,} | {dtype} | {kernel:,.1f} | {' | '.join(cells)} |"
+
+
+def page(machine: str, n_checks: int, largest: dict[str, float], lines: list[str]) -> str:
+    """The markdown of ``--out``."""
+    return "\n".join([
+        "# CUDA twin of the pair operator",
+        "",
+        "Made by `python cpp/tests/gpu_check.py --out`, which builds the library with its twin and holds the",
+        f"twin to the C++ operator: {machine}.",
+        "",
+        "## Checks",
+        "",
+        f"{n_checks} checks, all passed: value, forces, sigma and lambda derivative against C++ in float64",
+        "(no box, orthorhombic, triclinic; operator and integrated; 1 to 70,000 frames), autograd, the",
+        "current stream, input out of range, arguments that must be refused, frozen TorchScript.",
+        "",
+        f"Largest error relative to the largest entry: {largest['float64']:.1e} in float64,",
+        f"{largest['float32']:.1e} in float32 (C++ itself in float32: {largest['C++ float32']:.1e}).",
+        "",
+        "## Times",
+        "",
+        "Medians of one evaluation (value, forces, sigma and lambda derivative), orthorhombic box, by CUDA",
+        "events on the device and by the wall clock on the CPU; in brackets the ratio to the twin. Plain",
+        "torch is `reference_pair_operator` on the same GPU.",
+        "",
+        *lines,
+        "",
+    ])  # fmt: skip
 
 
 def main() -> None:
@@ -288,6 +338,7 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu_check")
     parser.add_argument("--no-build", action="store_true", help="the library is in --build already")
     parser.add_argument("--quick", action="store_true", help="no times of batches")
+    parser.add_argument("--out", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_check: expected a CUDA device and a torch that uses it, found none")
@@ -296,14 +347,21 @@ def main() -> None:
     if not options.no_build:
         library = build(options.build.resolve(), f"{major}{minor}")
     threads = os.environ.get("DIFFFORCE_NUM_THREADS", "all")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, C++ threads for batches: "
-          f"{threads} of {os.cpu_count()}")  # fmt: skip
+    machine = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, C++ threads for batches: "
+        f"{threads} of {os.cpu_count()}"
+    )
+    print(machine)
     ops = load_ops(library)
     check("the library has its CUDA twin", ops._LIBRARY.diffforce_has_cuda() == 1)
-    compare(ops)
+    largest = compare(ops)
     behave(ops)
-    times(ops, options.quick)
+    text = page(machine, checks, largest, times(ops, options.quick))
     print(f"\n{failures} failed" if failures else "\nall checks passed")
+    if options.out and not failures:
+        temporary = PAGE.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(PAGE)
     sys.exit(min(failures, 100))
 
 

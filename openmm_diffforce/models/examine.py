@@ -10,15 +10,18 @@ contract. A score is the gradient of a scalar only if its Jacobian J is symmetri
 for random directions u, v measures how far it is from that.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 import torch
 
 from ..errors import InputError, ModelError, NotConservativeError
 from .action import model_dtype, model_fields
+from .graph import MolecularGraph
 
 EQUIPARTITION_RANGE = (0.5, 2.0)
 """Beyond it the equipartition ratio is reported: kJ/mol for kT gives 2.5 (at 300 K), Angstrom
@@ -26,6 +29,9 @@ for nm 0.1 or less."""
 
 N_FRAMES = 8
 """Frames on which derivatives and invariances are tried."""
+
+REACH, SHAKE = 0.3, 0.003
+"""How far [nm] a made-up geometry may relax, and how much it is shaken then."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,8 @@ class Examination:
         kept: list[dict[str, Any]] = [{k: np.nan if v is None else v for k, v in row.items()} for row in rows]
         return cls(tuple(Finding(**row) for row in kept))
 
-    def raise_for_failures(self, what: str) -> None:
-        """Raise for the first failure.
+    def raise_for_failures(self, what: str, advice: str = "") -> None:
+        """Raise for the first failure; ``advice`` follows its text.
 
         Raises
         ------
@@ -91,7 +97,7 @@ class Examination:
         """
         for finding in self.failures:
             kind = NotConservativeError if finding.name == "gradient of the action" else ModelError
-            raise kind(f"{what}: {finding.text}")
+            raise kind(f"{what}: {finding.text}{advice}")
 
     def __str__(self) -> str:
         lines = []
@@ -222,6 +228,69 @@ def examine_model(model: torch.nn.Module, x: Any, *, equilibrium: bool = False, 
             + ("" if fine else ": look at the units (nm, kT), at the temperature and at the frames"),
         ))  # fmt: skip
     return Examination(tuple(found))
+
+
+def made_up_frames(model: torch.nn.Module, graph: MolecularGraph) -> np.ndarray:
+    """Two geometries [2, n_atoms, 3] nm to examine a model on where there are no frames of the molecule.
+
+    Random chains, made of the graph alone, then taken downhill on the model's clean action and
+    shaken by 3 pm: far from the training data a noised model can have several modes for one frame,
+    and a rotation or a small step would tell them apart. A model without a usable action keeps the
+    random chains.
+
+    Notes
+    -----
+    Deterministic.
+    """
+    generator = np.random.default_rng(0)
+    frames = [_downhill(model, _random_chain(graph, seed)) for seed in (1, 2)]
+    return np.stack([x + SHAKE * generator.standard_normal(x.shape) for x in frames])
+
+
+def _downhill(model: torch.nn.Module, start: np.ndarray) -> np.ndarray:
+    """A hundred steps of minimisation, no atom by more than :data:`REACH` along an axis."""
+    if not bool(getattr(model, "conservative", True)):
+        return start
+
+    def action(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient, _ = model_fields(model, x.reshape(1, *start.shape))
+        return float(value[0]), gradient.ravel()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = scipy.optimize.minimize(
+                action, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 100},
+                bounds=[(v - REACH, v + REACH) for v in start.ravel()],
+            )  # fmt: skip
+        except Exception:  # a model that cannot be evaluated: the examination says so, with its reason
+            return start
+    x = np.asarray(found.x).reshape(start.shape)
+    return x if np.isfinite(x).all() else start
+
+
+def _random_chain(graph: MolecularGraph, seed: int) -> np.ndarray:
+    """Atoms [n_atoms, 3] 0.12 nm from a bonded neighbour in random directions, the roomiest of 200."""
+    generator = np.random.default_rng(seed)
+    near = graph.neighbours()
+    best, widest = np.zeros((graph.n_atoms, 3)), -1.0
+    for _ in range(200):
+        x = np.full((graph.n_atoms, 3), np.nan)
+        for root in range(graph.n_atoms):
+            if np.isnan(x[root, 0]):
+                x[root] = 0.3 * root * np.eye(3)[0]
+            queue = [root]
+            while queue:
+                atom = queue.pop()
+                for k in near[atom]:
+                    if np.isnan(x[k, 0]):
+                        step = generator.standard_normal(3)
+                        x[k] = x[atom] + 0.12 * step / np.linalg.norm(step)
+                        queue.append(k)
+        distances = np.linalg.norm(x[:, None] - x, axis=-1) + 10 * np.eye(len(x))
+        if (closest := float(distances.min())) > widest:
+            best, widest = x, closest
+    return best
 
 
 def _checker(found: list[Finding]) -> Callable[[str, float, float, str, str], None]:
