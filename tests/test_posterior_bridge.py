@@ -14,6 +14,7 @@ from openmm_diffforce.audit import SPOT_GATES, audit_bridge, judge, spot_check
 from openmm_diffforce.bridge import BridgeResult, noisy_operator_bridge
 from openmm_diffforce.density import fit_operator_density
 from openmm_diffforce.errors import IncompatibleSystemError, InputError
+from openmm_diffforce.estimate import bar_between
 from openmm_diffforce.posterior import restrained_system
 from openmm_diffforce.posterior_bridge import posterior_operators, run_posterior_bridge
 from openmm_diffforce.posterior_work import PosteriorBridge, bridge_from_posteriors, spread_lams
@@ -148,6 +149,25 @@ def test_errors_of_the_works_are_seen():
     assert few.d_work > 3 * many.d_work
     assert abs(few.noise_shift) > 3 * abs(many.noise_shift)
     assert abs(few.delta_f - many.delta_f) < 4 * few.d_work + 2 * abs(few.noise_shift)
+
+
+def test_error_that_the_works_cause_in_bar():
+    generator = np.random.default_rng(12)
+    y = [noised(end, n, generator) for end, n in ((0, 30), (1, 60))]
+    o = [drawn(v, LAMS, 40, generator) for v in y]
+    found = bridge_from_posteriors(*o, LAMS, sigma=SIGMA, work="tweedie")
+    moved = [
+        bar_between(
+            *(
+                sign * (w + e * generator.standard_normal(len(w)))
+                for sign, w, e in zip((1, -1), found.work, found.d_works, strict=True)
+            ),
+            decorrelate=False,
+            min_overlap=0,
+        ).delta_f
+        for _ in range(400)
+    ]
+    assert found.d_work == pytest.approx(np.std(moved), rel=0.15)
 
 
 def test_a_posterior_without_spread_is_plain_bar():
