@@ -230,6 +230,26 @@ def run_posterior_bridge(
     References
     ----------
     Action-operator semantics and the noisy operator bridge, arXiv:2606.30687.
+
+    Examples
+    --------
+    >>> import openmm.app
+    >>> def well(stiffness):
+    ...     system = mm.System()
+    ...     force = mm.CustomExternalForce("k/2*(x^2+y^2+z^2)")
+    ...     _ = (system.addParticle(12.0), force.addPerParticleParameter("k"))
+    ...     _ = (force.addParticle(0, [stiffness]), system.addForce(force))
+    ...     return system
+    >>> topology = mm.app.Topology()
+    >>> residue = topology.addResidue("X", topology.addChain())
+    >>> _ = topology.addAtom("C", mm.app.element.carbon, residue)
+    >>> pair = EndStatePair(well(2000.0), well(8000.0), topology, 300.0)
+    >>> rng = np.random.default_rng(0)
+    >>> ends = [rng.normal(0.0, np.sqrt(pair.kT / k), (100, 1, 3)) for k in (2000.0, 8000.0)]
+    >>> found = run_posterior_bridge(pair, *ends, 0.05, lams=3, n_y=12, n_samples=40, work="tweedie",
+    ...                              timestep=0.005, friction=20.0, n_equil=50)
+    >>> abs(found.delta_f - 1.5 * np.log(4.0)) < 3 * found.d_delta_f < 1.5
+    True
     """
     level = check_positive("sigma", to_md(sigma, unit.nanometer, name="sigma"))
     n_y = check_positive("n_y", n_y, integer=True)
