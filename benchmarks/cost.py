@@ -24,6 +24,7 @@ from parts import Part, run_parts
 from rich.progress import track
 
 from openmm_diffforce.alanine import AlanineCase, alanine_case
+from openmm_diffforce.audit import SPOT_GATES, judge, spot_check
 from openmm_diffforce.bridge import noisy_operator_bridge
 from openmm_diffforce.density import fit_operator_density
 from openmm_diffforce.estimate import bar_between
@@ -37,9 +38,9 @@ BUDGETS = (220_000, 440_000, 880_000, 1_600_000, 2_440_000)
 """Steps over all windows of one estimate."""
 N_WINDOWS = (2, 3, 5, 9, 19)
 MAX_REPEATS = 20
-MAX_BRIDGES = 10
+MAX_BRIDGES = 5
 MIN_FRAMES = 15
-POSTERIOR: dict[str, Any] = {"sigma": 0.06, "n_y": 60, "n_samples": 60, "n_equil": 500, "lams": 5}
+POSTERIOR: dict[str, Any] = {"sigma": 0.06, "n_y": 40, "n_samples": 60, "n_equil": 500, "lams": 5}
 N_POSTERIOR_FRAMES = 1000
 """Frames of each end from which posterior MD picks its n_y."""
 
@@ -229,6 +230,12 @@ def posterior_part(name: str) -> Part:
                     case.pair, one[0][0][:N_POSTERIOR_FRAMES], one[-1][0][:N_POSTERIOR_FRAMES],
                     seed=SEED + k, platform="Reference", **POSTERIOR,
                 )  # fmt: skip
+                seconds = time.process_time() - start
+                bridge = noisy_operator_bridge(
+                    [one[e][0][:N_POSTERIOR_FRAMES] for e in (0, -1)],
+                    [one[e][1][:N_POSTERIOR_FRAMES] for e in (0, -1)],
+                    generator=np.random.default_rng(SEED + k), atoms=case.perturbed,
+                )  # fmt: skip
                 forces, energies = evaluations(2, N_POSTERIOR_FRAMES)
                 write_json(path, plain({
                     "value": found.delta_f, "error": found.d_delta_f, "d_work": found.d_work,
@@ -237,7 +244,9 @@ def posterior_part(name: str) -> Part:
                     "forces": found.n_forces + forces,
                     # O of the frames that it starts from is in both numbers.
                     "energies": found.n_energies + energies - 4 * N_POSTERIOR_FRAMES,
-                    "forces_posterior": found.n_forces, "seconds": time.process_time() - start,
+                    "forces_posterior": found.n_forces, "seconds": seconds,
+                    "bridge": (bridge.delta_f, bridge.d_delta_f),
+                    "gates": {g.name: g.value for g in spot_check(bridge, found)},
                 }))  # fmt: skip
             runs.append(json.loads(path.read_text()))
             print(name, "posterior MD", runs[-1]["value"], runs[-1]["error"], flush=True)
@@ -310,7 +319,7 @@ def posterior_rows(post: dict[str, Any], reference: float) -> list[str]:
             f"{s['n_samples']} samples. RMSE of {len(runs)} sets: {size:.2f} +- {relative * size:.2f}.", 108,
         ), "",
         "| set | Delta f | stated | from the works | overlap | mean works | Tweedie | posterior forces "
-        "| all forces | energies | CPU-s |",
+        "| all forces | energies | CPU-s, MD too |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for k, r in enumerate(runs):
@@ -320,6 +329,16 @@ def posterior_rows(post: dict[str, Any], reference: float) -> list[str]:
             f"| {low:.1f}, {high:.1f} | {r['closures']['tweedie']:.2f} | {r['forces_posterior']:,} "
             f"| {r['forces']:,} | {r['energies']:,} | {r['seconds']:.0f} |"
         )
+    names = [name.removeprefix("posterior MD: ") for name in runs[0]["gates"]]
+    lines += [
+        "", f"The same as spot check of the bridge on the same {post['n_frames']} frames per end:", "",
+        f"| set | bridge | {' | '.join(names)} |", "|---|---|" + "---|" * len(names),
+    ]  # fmt: skip
+    for k, r in enumerate(runs):
+        cells = " | ".join(
+            f"{value:.2f} {judge(gate, value, gates=SPOT_GATES).status}" for gate, value in r["gates"].items()
+        )
+        lines.append(f"| {k + 1} | {r['bridge'][0]:.2f} +- {r['bridge'][1]:.2f} | {cells} |")
     return [*lines, ""]
 
 

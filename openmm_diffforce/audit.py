@@ -108,7 +108,7 @@ SPOT_GATES: dict[str, Threshold] = {
         0.1, 0.03, "the spot check's noised ends hardly meet: larger noise", larger_is_better=True
     ),
     "posterior MD: works by density and Tweedie [kT]": Threshold(
-        0.25, 0.5, "the works depend on how lambda is integrated: more lambdas, or longer posteriors"
+        0.5, 1.0, "the works depend on how lambda is integrated: more lambdas, or longer posteriors"
     ),
 }
 """Gates of the bridge held to posterior MD; the last three judge the spot check itself."""

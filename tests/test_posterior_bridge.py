@@ -407,7 +407,7 @@ def test_the_bias_is_seen_from_both_ends_without_bar(bridge, spot):
     [
         ({"d_delta_f": 2.0}, "stated error [kT]"),
         ({"overlap": 0.01}, "overlap of the noised ends"),
-        ({"closures": {"density": 0.0, "tweedie": 0.6}}, "works by density and Tweedie [kT]"),
+        ({"closures": {"density": 0.0, "tweedie": 1.1}}, "works by density and Tweedie [kT]"),
     ],
 )
 def test_a_blind_spot_check_fails(bridge, spot, change, name):
