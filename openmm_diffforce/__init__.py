@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .network_training import NetworkSettings as NetworkSettings
     from .network_training import fit_network as fit_network
     from .pair_features import pair_splines as pair_splines
+    from .posterior_bridge import run_posterior_bridge as run_posterior_bridge
     from .reporters import DomainReporter as DomainReporter
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
@@ -74,6 +75,7 @@ _HOME = {
     "noisy_operator_bridge": "bridge",
     "pair_splines": "pair_features",
     "run_expanded_ensemble": "exchange",
+    "run_posterior_bridge": "posterior_bridge",
     "run_replica_exchange": "exchange",
     "run_windows": "windows",
 }

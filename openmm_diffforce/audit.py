@@ -1,6 +1,7 @@
 """Gates: whether to believe a free energy. A number, a threshold, a status, one sentence of advice.
 
-All thresholds are in :data:`GATES` (density of the operator), :data:`BRIDGE_GATES` and :data:`LABEL_GATES`.
+All thresholds are in :data:`GATES` (density of the operator), :data:`BRIDGE_GATES`, :data:`SPOT_GATES`
+(posterior MD beside the bridge) and :data:`LABEL_GATES`.
 A FAIL of any gate is a FAIL of the number.
 """
 
@@ -16,6 +17,7 @@ from .density import OperatorDensity, fit_operator_density
 from .errors import InputError
 from .estimate import MIN_OVERLAP, bar_between
 from .labels import LabelReadout
+from .posterior_work import PosteriorBridge
 
 Status = Literal["PASS", "WARN", "FAIL"]
 
@@ -100,6 +102,25 @@ BRIDGE_GATES: dict[str, Threshold] = {
     ),
 }
 """Gates of the noisy operator bridge."""
+
+SPOT_GATES: dict[str, Threshold] = {
+    "posterior MD: Delta f [kT]": Threshold(
+        0.5, 1.5, "posterior MD, which has no model, finds another number: add a window, or take its number"
+    ),
+    "posterior MD: Delta f outside the mean works [kT]": Threshold(
+        0.5, 1.5, "Delta f must lie between the mean works at the noised frames of the two ends"
+    ),
+    "posterior MD: stated error [kT]": Threshold(
+        0.75, 1.5, "the spot check sees no better than this: take more noised frames, or longer posteriors"
+    ),
+    "posterior MD: overlap of the noised ends": Threshold(
+        0.1, 0.03, "the spot check's noised ends hardly meet: larger noise", larger_is_better=True
+    ),
+    "posterior MD: works by density and Tweedie [kT]": Threshold(
+        0.5, 1.0, "the works depend on how lambda is integrated: more lambdas, or longer posteriors"
+    ),
+}
+"""Gates of the bridge held to posterior MD; the last three judge the spot check itself."""
 
 
 LABEL_GATES: dict[str, Threshold] = {
@@ -282,12 +303,63 @@ def audit_density(
     return Audit(tuple(gates))
 
 
-def audit_bridge(found: BridgeResult) -> Audit:
+def spot_check(found: BridgeResult, spot: PosteriorBridge) -> tuple[Gate, ...]:
+    r"""Hold a bridge to posterior MD, which knows the work at single noised frames without a model.
+
+    What is held to what:
+
+    - Delta f: it is the same at every noise level and for every kernel, so that the two numbers compare
+      whatever the ``sigma`` and the ``atoms`` of the posterior MD. The same level
+      (``found.level.sigma``) checks the bridge where it claims to know. The gate is their difference
+      beyond its standard error.
+    - Both ends: without a model, :math:`\langle\Delta S\rangle_1 \le \Delta f \le \langle\Delta
+      S\rangle_0` over the noised frames of end 1 and of end 0. The gate is how far the bridge's
+      Delta f lies outside, beyond two standard errors of that mean.
+
+    Single works do not compare: the bridge's is that of a bin b of a summary,
+    :math:`e^{-\Delta S(b)} = E_0[e^{-\Delta S(y)}|b]`, the posterior's that of one y.
+
+    Parameters
+    ----------
+    found : BridgeResult
+    spot : PosteriorBridge
+        :func:`openmm_diffforce.posterior_bridge.run_posterior_bridge` of frames of the same ends.
+
+    Returns
+    -------
+    tuple of Gate
+        The last three judge the spot check: a blind one must not pass a bridge. Works by density and
+        Tweedie are compared where both were made.
+
+    Notes
+    -----
+    NOT checked: that ``spot`` is of the same two ends. Its y come from the same frames as the bridge's,
+    as a rule: a basin that the frames never saw is missing in both. Deterministic.
+    """
+    error = math.hypot(found.d_delta_f, spot.d_delta_f)
+    below = spot.bound_lower - 2.0 * spot.d_bound_lower - found.delta_f
+    above = found.delta_f - spot.bound_upper - 2.0 * spot.d_bound_upper
+    values = {
+        "posterior MD: Delta f [kT]": max(abs(found.delta_f - spot.delta_f) - error, 0.0),
+        "posterior MD: Delta f outside the mean works [kT]": max(below, above, 0.0),
+        "posterior MD: stated error [kT]": spot.d_delta_f,
+        "posterior MD: overlap of the noised ends": spot.overlap,
+    }
+    if len(spot.closures) > 1:
+        values["posterior MD: works by density and Tweedie [kT]"] = float(
+            np.ptp(list(spot.closures.values()))
+        )
+    return tuple(judge(name, value, gates=SPOT_GATES) for name, value in values.items())
+
+
+def audit_bridge(found: BridgeResult, *, spot: PosteriorBridge | None = None) -> Audit:
     """Judge a :func:`~openmm_diffforce.bridge.noisy_operator_bridge` by what it saw of itself.
 
     Parameters
     ----------
     found : BridgeResult
+    spot : PosteriorBridge, optional
+        Posterior MD between the same ends: its gates (:func:`spot_check`) are added.
 
     Returns
     -------
@@ -333,7 +405,8 @@ def audit_bridge(found: BridgeResult) -> Audit:
     }
     if len(found.levels) == 1:
         del values["noise plateau [kT]"]
-    return Audit(tuple(judge(name, value, gates=BRIDGE_GATES) for name, value in values.items()))
+    gates = tuple(judge(name, value, gates=BRIDGE_GATES) for name, value in values.items())
+    return Audit(gates if spot is None else (*gates, *spot_check(found, spot)))
 
 
 def audit_labels(found: LabelReadout) -> Audit:

@@ -16,7 +16,7 @@ With alpha = 1 (VE) throughout this module: VP frames are first divided by alpha
 :func:`posterior_mode` finds its mode under a learned clean action (a model's noised fields).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,13 @@ from openmm import unit
 from .errors import ConvergenceError, InputError
 from .models.action import model_fields
 from .systems import (
+    BOOKKEEPING_FORCES,
     FloatArray,
     check_frames,
     clone_system,
+    force_type,
     make_context,
+    require_unconstrained,
     start_context,
     step_checked,
 )
@@ -62,6 +65,95 @@ class PosteriorMoments:
     score_error: FloatArray
     operator_error: FloatArray
     operator_gradient_error: FloatArray
+
+
+def noised_atoms(system: openmm.System, atoms: Sequence[int] | None) -> list[int]:
+    """All particles for None; else the atoms, checked: different, unconstrained and massive.
+
+    Raises
+    ------
+    InputError
+        For indices that are none, or that repeat.
+    IncompatibleSystemError
+        If one of ``atoms`` is constrained, virtual or massless.
+    """
+    n_atoms = system.getNumParticles()
+    if atoms is None:
+        return list(range(n_atoms))
+    noised = [int(a) for a in atoms]
+    if not noised or len(set(noised)) != len(noised) or not all(0 <= a < n_atoms for a in noised):
+        raise InputError(f"atoms: expected different indices below {n_atoms}, found {noised}.")
+    require_unconstrained(system, noised)
+    return noised
+
+
+def restrained_system(
+    system: openmm.System, sigma: Any, temperature: Any, *, atoms: Sequence[int] | None = None
+) -> tuple[openmm.System, openmm.CustomExternalForce]:
+    """A copy of a System with a spring kT/sigma^2 on noised atoms: its equilibrium is the posterior.
+
+    Parameters
+    ----------
+    system : openmm.System
+        Classical.
+    sigma : float or Quantity
+        Noise level [nm].
+    temperature : float or Quantity
+        [K].
+    atoms : sequence of int, optional
+        Atoms that are noised, unconstrained and massive. Their y says nothing new about the others,
+        which are known exactly: these lose their mass and are fixed, and the constraints among them go.
+        By default every atom has a spring, and none is fixed.
+
+    Returns
+    -------
+    system : openmm.System
+        Without centre-of-mass remover (the springs hold it) and thermostats of its own.
+    spring : openmm.CustomExternalForce
+        For :func:`place_springs`.
+
+    Raises
+    ------
+    InputError
+        For atoms that are none, or a System with a barostat: its box would not be that of the frames.
+    IncompatibleSystemError
+        If a noised atom among ``atoms`` is constrained, virtual or massless.
+    """
+    level = float(to_md(sigma, unit.nanometer, name="sigma"))
+    if not (np.isfinite(level) and level > 0):
+        raise InputError(f"sigma: expected a noise level > 0 nm, found {level!r}.")
+    n_atoms = system.getNumParticles()
+    noised = noised_atoms(system, atoms)
+    restrained = clone_system(system)
+    for i in reversed(range(restrained.getNumForces())):
+        name = force_type(restrained.getForce(i))
+        if "Barostat" in name:
+            raise InputError(
+                f"system: expected a constant volume for a posterior, found a {name}; remove it."
+            )
+        if name in BOOKKEEPING_FORCES:
+            restrained.removeForce(i)
+    if atoms is not None:
+        for i in reversed(range(restrained.getNumConstraints())):
+            restrained.removeConstraint(i)
+        for atom in set(range(n_atoms)) - set(noised):
+            restrained.setParticleMass(atom, 0.0)
+    spring = openmm.CustomExternalForce("k_post/2*((x-x0)^2+(y-y0)^2+(z-z0)^2)")
+    spring.addGlobalParameter("k_post", thermal_energy(temperature) / level**2)
+    for name in ("x0", "y0", "z0"):
+        spring.addPerParticleParameter(name)
+    for atom in noised:
+        spring.addParticle(atom, [0.0, 0.0, 0.0])
+    restrained.addForce(spring)
+    return restrained, spring
+
+
+def place_springs(spring: openmm.CustomExternalForce, y: FloatArray, context: openmm.Context) -> None:
+    """Centre the springs of :func:`restrained_system` on the noised frame y [nm], (n_atoms, 3)."""
+    for i in range(spring.getNumParticles()):
+        atom = spring.getParticleParameters(i)[0]
+        spring.setParticleParameters(i, atom, y[atom].tolist())
+    spring.updateParametersInContext(context)
 
 
 def posterior_moments(
@@ -125,14 +217,7 @@ def posterior_moments(
     if n_samples < 2 * n_blocks or n_blocks < 2:
         raise InputError(f"n_samples: expected at least two per block ({2 * n_blocks}), found {n_samples}.")
     y = check_frames(y, system.getNumParticles())
-    restrained = clone_system(system)
-    spring = openmm.CustomExternalForce("k_post/2*((x-x0)^2+(y-y0)^2+(z-z0)^2)")
-    spring.addGlobalParameter("k_post", thermal_energy(temperature) / level**2)
-    for name in ("x0", "y0", "z0"):
-        spring.addPerParticleParameter(name)
-    for atom in range(system.getNumParticles()):
-        spring.addParticle(atom, [0.0, 0.0, 0.0])
-    restrained.addForce(spring)
+    restrained, spring = restrained_system(system, level, temperature)
     generator = np.random.default_rng(seed)
     context = make_context(
         restrained, temperature=temperature, timestep=timestep, friction=friction,
@@ -141,9 +226,7 @@ def posterior_moments(
     integrator = context.getIntegrator()
     fields: list[tuple[Any, ...]] = []
     for number, frame in enumerate(y):
-        for atom, (a, b, c) in enumerate(frame):
-            spring.setParticleParameters(atom, atom, [a, b, c])
-        spring.updateParametersInContext(context)
+        place_springs(spring, frame, context)
         start_context(context, frame, seed=int(generator.integers(1, 2**31 - 1)),
                       temperature=temperature, minimize=True)  # fmt: skip
         what = f"posterior MD (frame {number})"
