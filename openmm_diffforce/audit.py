@@ -66,13 +66,13 @@ BRIDGE_GATES: dict[str, Threshold] = {
         0.5, 1.0, "Delta f moves with the noise: no level can be trusted; add a window between"
     ),
     "spread over folds [kT]": Threshold(
-        0.5, 1.0, "parts of the runs disagree: something relaxes; equilibrate and sample longer"
+        0.75, 1.5, "parts of the runs disagree: something relaxes; equilibrate and sample longer"
     ),
     "spread over models [kT]": Threshold(
         0.25, 0.5, "the gap between the ends is bridged by an assumption: add a window"
     ),
     "spread over closures [kT]": Threshold(
-        1.0, 3.0, "the shape of the conditional law decides: add a window between"
+        2.0, 4.0, "the shape of the conditional law decides: add a window between"
     ),
     "normal score of O, |mean square - 1|": Threshold(
         0.15, 0.4, "O does not follow its predicted law on frames left out: look for outliers and drift"

@@ -121,7 +121,7 @@ class NoiseLevel:
     d_folds : float
         Jackknife over the folds, each of which leaves its frames out of the density and of BAR.
     overlap : float
-        A of the noised end states.
+        A of the noised states, the smallest of neighbours in lambda.
     ess : float
         Effective sample size of the exponential averages, the smaller direction, in independent frames.
     exp_forward, exp_reverse : float
@@ -309,6 +309,12 @@ def _influence(counts: FloatArray, p: FloatArray) -> FloatArray:
     return np.asarray(-np.linalg.solve(jacobian[1:, 1:], p[:, 1:].T)[-1])
 
 
+def _overlap(log_p: FloatArray, counts: FloatArray) -> float:
+    """A = int 2 p q/(p + q) of two states from both of them; ln p, ln q up to what they share."""
+    share = 2.0 * np.exp(log_p[:, ::-1] - np.logaddexp(*log_p.T)[:, None])
+    return float((share * counts).sum() / counts.sum())
+
+
 @dataclass
 class _Frames:
     """All states' noised copies in one row, state by state, copy by copy."""
@@ -466,10 +472,7 @@ def _bridge_level(
     actions, shifted = _actions(model, best.c, closure)
     f, p = _solve_mbar(counts, actions)
     d_sampling = _error_of(_influence(counts, p)[bins] * counts.sum(axis=0)[data.state], data)
-    ends = (f - actions)[:, [0, -1]]  # ln of the densities, up to what both share
-    a = 2.0 * np.exp(ends[:, ::-1] - np.logaddexp(*ends.T)[:, None])
-    n_ends = counts[:, [0, -1]]
-    overlap = float((a * n_ends).sum() / n_ends.sum())
+    overlap = min(_overlap((f - actions)[:, k : k + 2], counts[:, k : k + 2]) for k in range(n_states - 1))
     closures, shift = _other_closures(model, best.c, counts)
     # Each fold left out of the density and of BAR; its frames are judged by that density.
     folds, score = [], np.full(len(bins), np.nan)
