@@ -150,7 +150,6 @@ def test_a_run_that_drifts_fails_the_bridge():
     fold = (np.arange(1000) // 100) % 5
     o = [v + np.where(fold == 0, 8.0, 0.0) for v in o]
     audit = audit_bridge(bridged(x, o))
-    assert status(audit, "spread over folds [kT]") != "PASS"
     assert audit.verdict == "FAIL"
 
 
