@@ -40,7 +40,9 @@ N_WINDOWS = (2, 3, 5, 9, 19)
 MAX_REPEATS = 20
 MAX_BRIDGES = 5
 MIN_FRAMES = 15
-POSTERIOR: dict[str, Any] = {"sigma": 0.06, "n_y": 40, "n_samples": 60, "n_equil": 500, "lams": 5}
+POSTERIOR: dict[str, Any] = {
+    "sigma": 0.06, "n_y": 40, "n_samples": 60, "n_equil": 500, "lams": 5, "work": "bar",
+}  # fmt: skip
 N_POSTERIOR_FRAMES = 1000
 """Frames of each end from which posterior MD picks its n_y."""
 
@@ -316,7 +318,8 @@ def posterior_rows(post: dict[str, Any], reference: float) -> list[str]:
         *wrap(
             f"Posterior MD as an estimator of its own: {s['n_y']} noised frames per end (sigma "
             f"{s['sigma']} nm on all atoms), out of {post['n_frames']} sampled; {s['lams']} lambdas of "
-            f"{s['n_samples']} samples. RMSE of {len(runs)} sets: {size:.2f} +- {relative * size:.2f}.", 108,
+            f"{s['n_samples']} samples, works by {s['work']}. RMSE of {len(runs)} sets: {size:.2f} +- "
+            f"{relative * size:.2f}.", 108,
         ), "",
         "| set | Delta f | stated | from the works | overlap | mean works | Tweedie | posterior forces "
         "| all forces | energies | CPU-s, MD too |",

@@ -116,7 +116,7 @@ SPOT_GATES: dict[str, Threshold] = {
     "posterior MD: overlap of the noised ends": Threshold(
         0.1, 0.03, "the spot check's noised ends hardly meet: larger noise", larger_is_better=True
     ),
-    "posterior MD: works by density and Tweedie [kT]": Threshold(
+    "posterior MD: work by two closures [kT]": Threshold(
         0.5, 1.0, "the works depend on how lambda is integrated: more lambdas, or longer posteriors"
     ),
 }
@@ -328,8 +328,8 @@ def spot_check(found: BridgeResult, spot: PosteriorBridge) -> tuple[Gate, ...]:
     Returns
     -------
     tuple of Gate
-        The last three judge the spot check: a blind one must not pass a bridge. Works by density and
-        Tweedie are compared where both were made.
+        The last three judge the spot check: a blind one must not pass a bridge. Works by BAR
+        (or the density) and by Tweedie are compared where both were made.
 
     Notes
     -----
@@ -346,9 +346,7 @@ def spot_check(found: BridgeResult, spot: PosteriorBridge) -> tuple[Gate, ...]:
         "posterior MD: overlap of the noised ends": spot.overlap,
     }
     if len(spot.closures) > 1:
-        values["posterior MD: works by density and Tweedie [kT]"] = float(
-            np.ptp(list(spot.closures.values()))
-        )
+        values["posterior MD: work by two closures [kT]"] = float(np.ptp(list(spot.closures.values())))
     return tuple(judge(name, value, gates=SPOT_GATES) for name, value in values.items())
 
 

@@ -163,7 +163,7 @@ def run_posterior_bridge(
     n_y: int = 20,
     n_samples: int = 200,
     atoms: Sequence[int] | None = None,
-    work: WorkName = "density",
+    work: WorkName = "bar",
     interval: int = 20,
     n_equil: int = 1000,
     timestep: Any = 0.001,
@@ -205,7 +205,7 @@ def run_posterior_bridge(
         posterior keeps the others fixed, constraints among them included: the kernel of a noise on few
         atoms. In solution these are the atoms that O sees.
     work : str
-        "density" or "tweedie" (:func:`~openmm_diffforce.posterior_work.bridge_from_posteriors`).
+        "bar", "density" or "tweedie" (:func:`~openmm_diffforce.posterior_work.bridge_from_posteriors`).
     seed : int
         Of the noise and the dynamics.
     progress : callable, optional

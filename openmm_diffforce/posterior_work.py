@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, logsumexp
+from scipy.special import expit, log_expit, logsumexp
 
 from .closure import composite_closure, tweedie_closure
 from .density import MIN_FRAMES, OperatorDensity, fit_operator_density
@@ -25,7 +25,7 @@ from .errors import InputError
 from .estimate import bar_between, statistical_inefficiency
 
 FloatArray = npt.NDArray[np.float64]
-WorkName = Literal["density", "tweedie"]
+WorkName = Literal["bar", "density", "tweedie"]
 
 N_BLOCKS = 10
 """Blocks of samples for the errors of means and variances."""
@@ -59,7 +59,7 @@ class PosteriorBridge:
     d_works : tuple of numpy.ndarray
         Their errors.
     closures : dict
-        Delta f with the work by "density" and by "tweedie".
+        Delta f with the work as asked for, and by "tweedie".
     operator, operator_variance : tuple of numpy.ndarray, each of shape (n_y, n_lams)
         E_lambda[O|y] [kT] and Var_lambda(O|y) [kT^2].
     d_operator, d_operator_variance : tuple of numpy.ndarray
@@ -197,6 +197,25 @@ def _density(
     return np.array([f.delta_f for f in found]), np.array([f.d_delta_f for f in found])
 
 
+def _bar_chain(
+    lams: Sequence[float], o: FloatArray, inefficiency: Sequence[float]
+) -> tuple[FloatArray, FloatArray]:
+    """BAR from each posterior to the next, summed; a sample moves both of its neighbouring terms."""
+    work, error = [], []
+    for one in o:
+        total, influence = 0.0, np.zeros(one.shape)
+        for k, h in enumerate(np.diff(lams)):
+            forward, reverse = h * one[k], -h * one[k + 1]
+            delta = bar_between(forward, reverse, decorrelate=False, min_overlap=0).delta_f
+            total += delta
+            for state, sign, w in ((k, -1.0, forward - delta), (k + 1, 1.0, reverse + delta)):
+                log_f = log_expit(-w)
+                influence[state] += sign * (np.exp(log_f - logsumexp(log_f)) - 1.0 / len(w))
+        work.append(total)
+        error.append(math.sqrt(float(np.asarray(inefficiency) @ (influence**2).sum(axis=1))))
+    return np.array(work), np.array(error)
+
+
 def _bar_error_of_works(
     work: tuple[FloatArray, FloatArray], errors: tuple[FloatArray, FloatArray], delta_f: float
 ) -> float:
@@ -221,7 +240,7 @@ def bridge_from_posteriors(
     lams: Sequence[float],
     *,
     sigma: float,
-    work: WorkName = "density",
+    work: WorkName = "bar",
     n_forces: int = 0,
     n_energies: int = 0,
 ) -> PosteriorBridge:
@@ -241,9 +260,10 @@ def bridge_from_posteriors(
     sigma : float
         Noise level of the y [nm]; it is only kept.
     work : str
-        "density": :func:`~openmm_diffforce.density.fit_operator_density` over the posteriors of a y,
-        which uses every sample and has BAR as its limit. "tweedie": the composite closure of their
-        means and variances, a thousand times cheaper. Both are in ``closures``.
+        "bar": from each posterior to the next; assumes nothing. "density":
+        :func:`~openmm_diffforce.density.fit_operator_density` over the posteriors of a y, for lambdas too
+        few to overlap. "tweedie": the composite closure of their means and variances, which is always
+        made for comparison (``closures``).
     n_forces, n_energies : int
         Evaluations that the samples took; they are only kept.
 
@@ -282,8 +302,8 @@ def bridge_from_posteriors(
     lam = tuple(float(v) for v in lams)
     if len(lam) < 2 or lam[0] != 0.0 or lam[-1] != 1.0 or not (np.diff(lam) > 0).all():
         raise InputError(f"lams: expected them to rise strictly from 0 to 1, found {list(lam)}.")
-    if work not in ("density", "tweedie"):
-        raise InputError(f"work: expected density or tweedie, found {work!r}.")
+    if work not in ("bar", "density", "tweedie"):
+        raise InputError(f"work: expected bar, density or tweedie, found {work!r}.")
     both = (
         _check_operators("operators_0", operators_0, len(lam)),
         _check_operators("operators_1", operators_1, len(lam)),
@@ -299,8 +319,9 @@ def bridge_from_posteriors(
             f"{n_samples} with an inefficiency of {max(g):.1f}; draw more, or at longer intervals."
         )
     values: dict[str, list[tuple[FloatArray, FloatArray]]] = {"tweedie": [_tweedie(lam, o) for o in both]}
-    if work == "density":
-        values["density"] = [_density(lam, o, g) for o in both]
+    if work != "tweedie":
+        of = _bar_chain if work == "bar" else _density
+        values[work] = [of(lam, o, g) for o in both]
     closures = {
         name: bar_between(a[0], -b[0], decorrelate=False, min_overlap=0).delta_f
         for name, (a, b) in values.items()

@@ -103,7 +103,7 @@ def test_the_oracle_is_consistent():
     np.testing.assert_allclose(np.trapezoid(o, lam, axis=0), exact_work(y), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("work", "n_y"), [("tweedie", 60), ("density", 6)])
+@pytest.mark.parametrize(("work", "n_y"), [("bar", 60), ("tweedie", 60), ("density", 6)])
 def test_works_are_the_exact_ones(work, n_y):
     generator = np.random.default_rng(1)
     y = [noised(end, n_y, generator) for end in (0, 1)]
@@ -202,7 +202,7 @@ def test_spread_lams_crowd_where_the_operator_is_wide():
     [
         ({"lams": (0.0, 0.5)}, "rise strictly from 0 to 1"),
         ({"lams": (0.0, 0.5, 0.5, 1.0)}, "rise strictly from 0 to 1"),
-        ({"work": "trapezoid"}, "work: expected density or tweedie"),
+        ({"work": "trapezoid"}, "work: expected bar, density or tweedie"),
         ({"operators_0": np.zeros((4, 2, 40))}, r"operators_0: expected finite values of shape \(n_y, 3"),
         ({"operators_1": np.full((4, 3, 40), np.nan)}, "operators_1: expected finite"),
         ({"operators_1": "x"}, "operators_1: expected numbers"),
@@ -407,7 +407,7 @@ def test_the_bias_is_seen_from_both_ends_without_bar(bridge, spot):
     [
         ({"d_delta_f": 2.0}, "stated error [kT]"),
         ({"overlap": 0.01}, "overlap of the noised ends"),
-        ({"closures": {"density": 0.0, "tweedie": 1.1}}, "works by density and Tweedie [kT]"),
+        ({"closures": {"density": 0.0, "tweedie": 1.1}}, "work by two closures [kT]"),
     ],
 )
 def test_a_blind_spot_check_fails(bridge, spot, change, name):
