@@ -21,8 +21,7 @@ import numpy.typing as npt
 from scipy.interpolate import BSpline
 from scipy.sparse import csr_matrix
 
-from .density import WEAK, OperatorCoordinate
-from .errors import ConvergenceError
+from .density import WEAK, OperatorCoordinate, maximise_concave
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -41,6 +40,9 @@ N_BINS = 24
 
 NEGLIGIBLE = 8.0
 """Log evidence below the best of a falling row of precisions, after which its rest is not tried."""
+
+TOLERANCE = 1e-6
+"""Gain in log posterior of the last Newton step."""
 
 ROUGHNESS = tuple(10.0 ** np.arange(-1.0, 5.0))
 """Prior precisions of the third differences along z that are averaged over."""
@@ -160,29 +162,9 @@ class ConditionalDensity:
             hessian = np.tensordot(cross, covariance, axes=(0, 0)).transpose(0, 2, 1, 3)
             return gradient, hessian.reshape(prior.shape) + prior
 
-        c = self._start if start is None else start
-        now, damping = value(c), 1e-6
-        gradient, hessian = slopes(c)
-        for _ in range(300):
-            step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient)
-            new = value(c + step)
-            if math.isfinite(new) and new >= now - 1e-10 * abs(now):
-                gain = float(gradient @ step)
-                c, now, damping = c + step, new, max(0.1 * damping, 1e-12)
-                gradient, hessian = slopes(c)
-                if gain < 1e-6:
-                    break
-            else:
-                damping *= 10.0
-            if damping > 1e14:
-                break
-        else:
-            damping = math.inf
-        if damping > 1e14:
-            raise ConvergenceError(
-                "conditional density: expected the posterior's mode within 300 steps, found none; look at "
-                "the histograms of the operator for single frames far outside."
-            )
+        c, now, hessian = maximise_concave(
+            value, slopes, self._start if start is None else start, tolerance=TOLERANCE
+        )
         tilt = (self.lams[self.state] - self.wide) * self.operator
         evidence = now + float(weight @ (self._jacobian - tilt))
         evidence += 0.5 * (np.linalg.slogdet(prior)[1] - np.linalg.slogdet(hessian)[1])

@@ -12,7 +12,7 @@ Arrays in, a result out: nothing here needs OpenMM or torch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,10 +227,61 @@ def _model(found: list[FloatArray], wide: float, n: FloatArray, coordinate: Oper
     )
 
 
+Value = Callable[[FloatArray], float]
+Slopes = Callable[[FloatArray], tuple[FloatArray, FloatArray]]
+
+
+def maximise_concave(
+    value: Value, slopes: Slopes, c: FloatArray, *, tolerance: float = 1e-9
+) -> tuple[FloatArray, float, FloatArray]:
+    """Maximum of a strictly concave function by damped Newton steps.
+
+    Parameters
+    ----------
+    value : callable
+        Of the coefficients.
+    slopes : callable
+        Gradient, and minus the Hessian.
+    c : numpy.ndarray
+        Where to start.
+    tolerance : float
+        Gain of a step below which it was the last.
+
+    Returns
+    -------
+    c, value, hessian
+        Of the maximum; the Hessian of minus the function.
+
+    Raises
+    ------
+    ConvergenceError
+        If 300 steps do not find it.
+    """
+    now, damping = value(c), 1e-6
+    gradient, hessian = slopes(c)
+    for _ in range(300):
+        step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient)
+        new = value(c + step)
+        if math.isfinite(new) and new >= now - 1e-10 * abs(now):
+            gain = float(gradient @ step)
+            c, now, damping = c + step, new, max(0.1 * damping, 1e-12)
+            gradient, hessian = slopes(c)
+            if gain < tolerance:
+                return c, now, hessian
+        else:
+            damping *= 10.0
+        if damping > 1e14:
+            break
+    raise ConvergenceError(
+        "density of the operator: expected the posterior's mode within 300 steps, found none; look at the "
+        "histograms of the operator for single frames far outside."
+    )
+
+
 def _maximise(
     model: _Model, lam: FloatArray, n: FloatArray, prior: FloatArray, c: FloatArray
 ) -> tuple[FloatArray, float, FloatArray]:
-    """Mode of the posterior (it is log-concave), its log and the Hessian: damped Newton steps."""
+    """Mode of the posterior (it is log-concave), its log and the Hessian."""
 
     def value(at: FloatArray) -> float:
         out = -0.5 * at @ prior @ at
@@ -247,25 +298,7 @@ def _maximise(
             hessian += weight * ((model.basis.T * p) @ model.basis - np.outer(expected, expected))
         return gradient, hessian
 
-    now, damping = value(c), 1e-6
-    gradient, hessian = slopes(c)
-    for _ in range(300):
-        step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient)
-        new = value(c + step)
-        if math.isfinite(new) and new >= now - 1e-10 * abs(now):
-            gain = float(gradient @ step)
-            c, now, damping = c + step, new, max(0.1 * damping, 1e-12)
-            gradient, hessian = slopes(c)
-            if gain < 1e-9:
-                return c, now, hessian
-        else:
-            damping *= 10.0
-        if damping > 1e14:
-            break
-    raise ConvergenceError(
-        "operator density: expected the posterior's mode within 300 steps, found none; look at the "
-        "histograms of the operator for single frames far outside."
-    )
+    return maximise_concave(value, slopes, c)
 
 
 def _chi2(model: _Model, c: FloatArray, lam: float, z: FloatArray, g: float) -> float:
