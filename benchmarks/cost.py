@@ -385,9 +385,11 @@ def figure(found: dict[str, Any]) -> None:
                 )  # fmt: skip
             axis.axhspan(1e-3, error, color="0.92", lw=0, label="error of the reference")
             axis.set(
-                xscale="log", yscale="log", title=f"alanine {name}", xlabel="force evaluations",
+                xscale="log", yscale="log", title=f"alanine {name}", xlabel="force evaluations [million]",
                 ylabel="RMSE of Delta f [kT]", ylim=(0.5 * error, None),
             )  # fmt: skip
+            axis.set_xticks([2e5, 5e5, 1e6, 2e6], labels=["0.2", "0.5", "1", "2"])
+            axis.set_xticks([], minor=True)
         axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
         path = Path(__file__).parent / "results" / "cost.svg"
         fig.savefig(path, metadata={"Date": None})
