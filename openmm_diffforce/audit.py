@@ -75,7 +75,7 @@ BRIDGE_GATES: dict[str, Threshold] = {
         2.0, 4.0, "the shape of the conditional law decides: add a window between"
     ),
     "normal score of O, |mean square - 1|": Threshold(
-        0.15, 0.4, "O does not follow its predicted law on frames left out: look for outliers and drift"
+        0.25, 0.5, "O does not follow its predicted law on frames left out: look for outliers and drift"
     ),
     "inverted bracket": Threshold(
         0.01, 0.05, "at equal y, O is larger at the last state than at the first: wrong sign or wrong frames"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .alchemy import EndStatePair
 from .audit import Audit, Gate, audit_bridge
 from .bridge import BridgeResult, noisy_operator_bridge
 from .bridge_inputs import (
@@ -24,9 +25,12 @@ from .constants import BRIDGE_FILE
 from .errors import InputError, PoorOverlapError
 from .estimate import Estimate, bar_between
 from .legs import Leg
+from .posterior_bridge import run_posterior_bridge
+from .posterior_work import PosteriorBridge
 from .project import ENDS_DIR
 from .record import make_record, read_json, write_json
 from .report import Record, check_record, report_from_record
+from .systems import require_unconstrained
 
 Progress = Callable[[str, int, int], None]
 """(what, done, in all)"""
@@ -45,6 +49,8 @@ class BridgeRun:
     ----------
     inputs : BridgeInputs
     result : BridgeResult
+    spot : PosteriorBridge or None
+        The check by posterior MD, where it was asked for.
     audit : Audit
     record : pathlib.Path
         ``bridge.json``; the page lies beside it.
@@ -53,6 +59,7 @@ class BridgeRun:
 
     inputs: BridgeInputs
     result: BridgeResult
+    spot: PosteriorBridge | None
     audit: Audit
     record: Path
     page: Path
@@ -92,6 +99,25 @@ def _of_project(project: ProjectSettings) -> BridgeSettings:
     )  # fmt: skip
 
 
+def _pair(settings: BridgeSettings) -> EndStatePair:
+    assert settings.system is not None
+    parts = read_system(settings.system, settings.topology, settings.temperature or 300.0)
+    if parts.pair is None:
+        raise InputError("system: expected two end states, found one System; there is nothing between.")
+    return parts.pair
+
+
+def _check_spot(settings: BridgeSettings, inputs: BridgeInputs) -> None:
+    """Before the bridge is computed."""
+    kept = inputs.frames[0].shape[1]
+    if kept != inputs.n_atoms:
+        raise InputError(
+            f"spot: expected frames with all {inputs.n_atoms} atoms, found {kept} kept near the noised ones; "
+            "call run_posterior_bridge with atoms= for a large system, and remove this key."
+        )
+    require_unconstrained(_pair(settings).system_0, name="spot")
+
+
 def read_inputs(settings: BridgeSettings, *, progress: Progress | None = None) -> BridgeInputs:
     """Frames and operators that the settings name.
 
@@ -124,13 +150,9 @@ def read_inputs(settings: BridgeSettings, *, progress: Progress | None = None) -
             settings.u_nk, settings.trajectories, settings.topology, progress=count, **common
         )
     else:
-        assert settings.system is not None
         assert settings.trajectories is not None
-        parts = read_system(settings.system, settings.topology, settings.temperature or 300.0)
-        if parts.pair is None:
-            raise InputError("system: expected two end states, found one System; there is nothing between.")
         return inputs_from_systems(
-            parts.pair, settings.trajectories, lams=settings.lams, topology=settings.topology,
+            _pair(settings), settings.trajectories, lams=settings.lams, topology=settings.topology,
             progress=count, **common,
         )  # fmt: skip
     if settings.temperature is not None and abs(settings.temperature - found.temperature) > 1e-6:
@@ -152,7 +174,7 @@ def run_bridge(
     insist : bool
         Show the number as the page's headline even where the audit fails.
     progress : callable, optional
-        Called as (what, done, in all), "reading frames" and then "noise levels".
+        Called as (what, done, in all): "reading frames", "noise levels", "posterior MD".
 
     Returns
     -------
@@ -170,18 +192,32 @@ def run_bridge(
     timing: dict[str, float] = {}
     started = time.monotonic()
     inputs = read_inputs(settings, progress=progress)
+    if settings.spot:
+        _check_spot(settings, inputs)
     timing["reading"] = time.monotonic() - started
     started = time.monotonic()
     report = progress
+
+    def stage(what: str) -> Callable[[int, int], None] | None:
+        return None if report is None else lambda done, total: report(what, done, total)
+
     result = noisy_operator_bridge(
         inputs.frames, inputs.operators, inputs.lams, generator=np.random.default_rng(settings.seed),
         atoms=inputs.atoms, sigmas=settings.sigmas, closure=settings.closure, n_copies=settings.n_copies,
         n_bootstrap=settings.n_bootstrap,
-        progress=None if report is None else lambda done, total: report("noise levels", done, total),
+        progress=stage("noise levels"),
     )  # fmt: skip
-    audit = audit_bridge(result)
     timing["bridge"] = time.monotonic() - started
-    record = bridge_record(inputs, result, audit, insist=insist) | {
+    spot = None
+    if settings.spot:
+        started = time.monotonic()
+        spot = run_posterior_bridge(
+            _pair(settings), inputs.frames[0], inputs.frames[-1], settings.spot_sigma, n_y=settings.spot,
+            seed=settings.seed, progress=stage("posterior MD"),
+        )  # fmt: skip
+        timing["posterior MD"] = time.monotonic() - started
+    audit = audit_bridge(result, spot=spot)
+    record = bridge_record(inputs, result, audit, spot=spot, insist=insist) | {
         "provenance": make_record(
             "bridge", settings.model_dump(exclude=set(INPUT_KEYS)), seed=settings.seed, files=inputs.files
         ),
@@ -189,11 +225,16 @@ def run_bridge(
     }
     path = settings.out / BRIDGE_FILE
     write_json(path, record)
-    return BridgeRun(inputs, result, audit, path, report_from_record(path))
+    return BridgeRun(inputs, result, spot, audit, path, report_from_record(path))
 
 
 def bridge_record(
-    inputs: BridgeInputs, result: BridgeResult, audit: Audit, *, insist: bool = False
+    inputs: BridgeInputs,
+    result: BridgeResult,
+    audit: Audit,
+    *,
+    spot: PosteriorBridge | None = None,
+    insist: bool = False,
 ) -> dict[str, Any]:
     """The record of a bridge, as :class:`~openmm_diffforce.report.Record` takes it.
 
@@ -219,6 +260,11 @@ def bridge_record(
         "bridge": bridge_section(inputs, result),
         "checks": audit.to_dict()["checks"],
     }  # fmt: skip
+    if spot is not None:
+        record["bridge"]["posterior"] = {
+            "delta_f": spot.delta_f, "d_delta_f": spot.d_delta_f, "sigma": spot.sigma,
+            "overlap": spot.overlap, "n_y": len(spot.work[0]), "n_forces": spot.n_forces,
+        }  # fmt: skip
     if not withheld:
         record["headline"] = {
             "method": METHOD, "value": result.delta_f, "error": result.d_delta_f,

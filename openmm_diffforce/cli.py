@@ -773,6 +773,9 @@ def bridge(
     out: Annotated[Path | None, typer.Option(help="Folder for bridge.json and report.html.")] = None,
     atoms: Annotated[str | None, typer.Option(help="Atoms to noise, from 0: 10,11.")] = None,
     seed: Annotated[int | None, typer.Option(help="Every random number follows from it.")] = None,
+    spot: Annotated[
+        int | None, typer.Option(help="Noised frames per end for a check by posterior MD; 0 for none.")
+    ] = None,
     insist: Insist = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -782,7 +785,7 @@ def bridge(
     from .config import BridgeSettings, check_settings
 
     settings = bridge_settings(source)
-    changes: dict[str, Any] = {"out": out, "seed": seed}
+    changes: dict[str, Any] = {"out": out, "seed": seed, "spot": spot}
     if atoms is not None:
         changes["atoms"] = tuple(atoms.replace(",", " ").split())
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -841,9 +844,10 @@ def _print_bridge(run: Any, *, insist: bool, quiet: bool) -> None:
 
     console, result, kelvin = _console(), run.result, run.inputs.temperature
     withheld = run.audit.verdict == "FAIL" and not insist
-    headline = _units_table("Delta f", "", [
-        ("noisy operator bridge", Estimate("", result.delta_f, result.d_delta_f, kelvin))
-    ])  # fmt: skip
+    values = [("noisy operator bridge", Estimate("", result.delta_f, result.d_delta_f, kelvin))]
+    if run.spot is not None:
+        values.append(("posterior MD", Estimate("", run.spot.delta_f, run.spot.d_delta_f, kelvin)))
+    headline = _units_table("Delta f", "", values)
     if quiet:
         if not withheld:
             console.print(headline)

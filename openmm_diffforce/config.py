@@ -268,6 +268,11 @@ class BridgeSettings(Settings):
     )
     n_copies: Count = Field(default=2, description="noised copies of every frame")
     n_bootstrap: int = Field(default=50, ge=0, description="resamplings behind the error; 0 for none")
+    spot: int = Field(
+        default=0, ge=0,
+        description="noised frames per end for a check by posterior MD, 20 or more; 0 for none (system only)",
+    )  # fmt: skip
+    spot_sigma: Positive = Field(default=0.06, description="noise of that check, on all atoms [nm]")
     seed: Seed = Field(default=1, description="every random number follows from it")
     out: Path = Field(default=Path("bridge"), description="folder for bridge.json and report.html")
 
@@ -278,6 +283,10 @@ class BridgeSettings(Settings):
         if len(given) != 1:
             raise ValueError(f"expected exactly one of {', '.join(kinds)}, found {given or 'none'}")
         kind = given[0]
+        if self.spot and kind != "system":
+            raise ValueError(
+                f"spot: posterior MD needs both Systems; expected system and trajectories, found {kind}"
+            )
         if kind in ("run", "arrays"):
             if self.trajectories is not None or self.topology is not None:
                 raise ValueError(f"topology, trajectories: {kind} brings its own frames; remove these keys")

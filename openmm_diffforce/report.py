@@ -207,6 +207,7 @@ class Bridge(Section):
     density: dict[str, Any]
     readout: dict[str, Any]
     bar: dict[str, Any] | None = None
+    posterior: dict[str, Any] | None = None
     lams: list[float] = [0.0, 1.0]
     n_frames: list[int] = []
     inefficiency: list[float] = []
@@ -418,6 +419,12 @@ def bridge_readouts(bridge: Bridge) -> list[dict[str, Any]]:
     level = bridge.levels[bridge.chosen]
     rows.append({"name": "bridge", "key": "bridge", "value": bridge.delta_f, "error": bridge.d_delta_f,
                  "note": f"at noise {level.sigma:.2g} nm, where its error is smallest"})  # fmt: skip
+    if bridge.posterior:
+        found = bridge.posterior
+        rows.append({"name": "posterior MD", "key": "posterior", "value": found["delta_f"],
+                     "error": found["d_delta_f"],
+                     "note": f"no model: {found['n_y']} noised frames per end, {found['n_forces']:,} "
+                             "force evaluations"})  # fmt: skip
     return rows
 
 

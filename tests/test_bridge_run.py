@@ -21,7 +21,7 @@ from openmm_diffforce.bridge_run import (
     run_bridge,
     verdict_text,
 )
-from openmm_diffforce.config import BridgeSettings
+from openmm_diffforce.config import BridgeSettings, check_settings
 from openmm_diffforce.errors import InputError
 from openmm_diffforce.windows import run_windows
 
@@ -110,6 +110,32 @@ def test_windows_between_are_taken_too(tmp_path: Path) -> None:
     # What is written is written whole: nothing else is left behind.
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"bridge.json", "report.html"}
     assert json.loads(run.record.read_text())["provenance"]["settings"]["sigmas"] == [0.7]
+
+
+def test_a_spot_check_by_posterior_md(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    run = run_bridge(
+        BridgeSettings(
+            system={"end_states": [folder / "0.xml", folder / "1.xml"]}, topology=folder / "top.pdb",
+            trajectories=(folder / "0.dcd", folder / "1.dcd"), temperature=300.0, sigmas=(0.01, 0.02),
+            n_copies=1, n_bootstrap=0, spot=2, out=tmp_path,
+        ),
+        progress=lambda what, done, total: said.append(what),
+    )  # fmt: skip
+    assert list(dict.fromkeys(said)) == ["reading frames", "noise levels", "posterior MD"]
+    assert run.spot is not None
+    assert {g.name for g in run.audit.gates} >= {"posterior MD: Delta f [kT]"}
+    record = read_bridge(tmp_path)
+    assert record.bridge is not None
+    assert record.bridge.posterior is not None
+    assert record.bridge.posterior["n_forces"] == run.spot.n_forces > 0
+    assert "posterior MD" in run.page.read_text()
+    assert audit_of(record) == run.audit
+
+
+def test_a_spot_check_needs_the_systems(folder: Path) -> None:
+    with pytest.raises(InputError, match="spot: posterior MD needs both Systems"):
+        check_settings(BridgeSettings, {"run": folder / "run", "spot": 20}, "here")
 
 
 def test_the_verdict_in_words() -> None:
