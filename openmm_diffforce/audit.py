@@ -62,6 +62,9 @@ BRIDGE_GATES: dict[str, Threshold] = {
     "overlap of the noised ends": Threshold(
         0.1, 0.03, "the noised ends hardly meet: larger noise, or a window between", larger_is_better=True
     ),
+    "overlap above one": Threshold(
+        0.05, 0.2, "overlap cannot exceed one: the work contradicts the frames; add a window between"
+    ),
     "noise plateau [kT]": Threshold(
         0.5, 1.0, "Delta f moves with the noise: no level can be trusted; add a window between"
     ),
@@ -389,6 +392,7 @@ def audit_bridge(found: BridgeResult, *, spot: PosteriorBridge | None = None) ->
         "stated error [kT]": found.d_delta_f,
         "independent frames per state": min(independent),
         "overlap of the noised ends": level.overlap,
+        "overlap above one": max(level.overlap - 1.0, 0.0),
         "noise plateau [kT]": found.plateau,
         "spread over folds [kT]": level.d_folds,
         "spread over models [kT]": level.d_models,

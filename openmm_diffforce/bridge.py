@@ -33,7 +33,7 @@ from .closure import (
     trapezoid_closure,
     tweedie_closure,
 )
-from .conditional import N_BINS, ConditionalDensity, Fit
+from .conditional import N_BINS, ConditionalDensity, Fit, bin_counts
 from .density import OperatorCoordinate, OperatorDensity, coordinates_of, fit_operator_density
 from .errors import ConvergenceError, InputError
 from .estimate import statistical_inefficiency
@@ -178,7 +178,7 @@ class BridgeResult:
     chosen : int
         Index of the level with the smallest stated error among those whose ends overlap.
     levels : tuple of NoiseLevel
-        In the order of rising sigma.
+        In the order of rising sigma; those at which the states do not meet at all are left out.
     plateau : float
         Range of Delta f over the levels within a factor two of the chosen sigma, its neighbours
         always among them [kT]; NaN for a single level.
@@ -259,7 +259,7 @@ def _solve_mbar(counts: FloatArray, actions: FloatArray) -> tuple[FloatArray, Fl
     Stationary: sum_b N_b p_k(b) = N_k. The negative log likelihood is convex in f; damped Newton.
     """
     n_k, n_b = counts.sum(axis=0), counts.sum(axis=1)
-    log_n = np.log(n_k)
+    log_n, floor = np.log(n_k), n_k.min() * np.eye(len(n_k) - 1)
 
     def value(f: FloatArray) -> float:
         return float(n_b @ logsumexp(log_n + f - actions, axis=1) - n_k @ f)
@@ -270,11 +270,8 @@ def _solve_mbar(counts: FloatArray, actions: FloatArray) -> tuple[FloatArray, Fl
         log_p = log_n + f - actions
         p = np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True))
         gradient = n_b @ p - n_k
-        jacobian = np.diag(n_b @ p) - (p * n_b[:, None]).T @ p
-        # Never singular: where states do not overlap at all the curvature is zero, and steps are bounded.
-        floor = (damping + 1e-12) * n_k.min()
         step = np.zeros(len(f))
-        step[1:] = -np.linalg.solve(jacobian[1:, 1:] + floor * np.eye(len(f) - 1), gradient[1:])
+        step[1:] = -np.linalg.solve(_curvature(counts, p) + damping * floor, gradient[1:])
         step *= min(1.0, LONGEST_STEP / max(np.abs(step).max(), 1e-300))
         new = value(f + step)
         if new <= now + 1e-12 * abs(now):
@@ -291,22 +288,26 @@ def _solve_mbar(counts: FloatArray, actions: FloatArray) -> tuple[FloatArray, Fl
     )
 
 
+def _curvature(counts: FloatArray, p: FloatArray) -> FloatArray:
+    """Second derivative by f of all states but the first. Where states do not overlap at all it would be
+    zero: a trace of their size keeps it invertible, and the errors finite and huge."""
+    n_b = counts.sum(axis=1)
+    full = np.diag(n_b @ p) - (p * n_b[:, None]).T @ p
+    return np.asarray(full[1:, 1:] + 1e-12 * counts.sum(axis=0).min() * np.eye(p.shape[1] - 1))
+
+
 def _slope(counts: FloatArray, p: FloatArray) -> FloatArray:
     """d Delta f / d actions, shape (N_BINS, n_states): implicit differentiation of MBAR's equations."""
-    n_b = counts.sum(axis=1)
-    jacobian = np.diag(n_b @ p) - (p * n_b[:, None]).T @ p
     a = np.zeros(p.shape[1])
     unit = np.zeros(p.shape[1] - 1)
     unit[-1] = 1.0
-    a[1:] = np.linalg.solve(jacobian[1:, 1:], unit)
-    return np.asarray(n_b[:, None] * p * (a - (p @ a)[:, None]))
+    a[1:] = np.linalg.solve(_curvature(counts, p), unit)
+    return np.asarray(counts.sum(axis=1)[:, None] * p * (a - (p @ a)[:, None]))
 
 
 def _influence(counts: FloatArray, p: FloatArray) -> FloatArray:
     """First-order effect of one more frame in a bin on Delta f, up to a constant per state."""
-    n_b = counts.sum(axis=1)
-    jacobian = np.diag(n_b @ p) - (p * n_b[:, None]).T @ p
-    return np.asarray(-np.linalg.solve(jacobian[1:, 1:], p[:, 1:].T)[-1])
+    return np.asarray(-np.linalg.solve(_curvature(counts, p), p[:, 1:].T)[-1])
 
 
 def _overlap(log_p: FloatArray, counts: FloatArray) -> float:
@@ -349,11 +350,6 @@ class _Level:
     best: Fit
     mu: float
     across: float
-
-
-def _counts(bins: IntArray, state: IntArray, weight: FloatArray, n_states: int) -> FloatArray:
-    flat = np.bincount(bins * n_states + state, weights=weight, minlength=N_BINS * n_states)
-    return np.asarray(flat.reshape(N_BINS, n_states), dtype=np.float64)
 
 
 def _actions(model: ConditionalDensity, c: FloatArray, closure: ClosureName) -> tuple[FloatArray, float]:
@@ -452,7 +448,7 @@ def _bridge_level(
     bins = np.asarray(rank * N_BINS // len(rank), dtype=np.int64)
     if summary.r_squared <= 0.0:
         bins = np.asarray(np.arange(len(rank)) % N_BINS, dtype=np.int64)  # says nothing: any bin will do
-    counts = _counts(bins, data.state, data.weight, n_states)
+    counts = bin_counts(bins, data.state, data.weight, n_states)
     rows = []
     for coordinate in coordinates:
         model = ConditionalDensity(coordinate, lams, data.operator, bins, data.state)
@@ -481,7 +477,7 @@ def _bridge_level(
         fit = model.fit(kept, mu, across, best.c)
         out = np.flatnonzero(data.fold == k)
         score[out] = model.quantile(fit.c, out)
-        less = _counts(bins, data.state, kept, n_states)
+        less = bin_counts(bins, data.state, kept, n_states)
         folds.append(float(_solve_mbar(less, _actions(model, fit.c, closure)[0])[0][-1]))
     normal = norm.ppf(np.clip(score, 1e-6, 1 - 1e-6)) ** 2
     calibration = tuple(float(normal[data.state == k].mean()) for k in range(n_states))
@@ -528,7 +524,7 @@ def _bootstrap(
             times[mine] = np.bincount(drawn, minlength=n_frames)[data.frame[mine]]
         weight = data.weight * times
         fit = level.model.fit(weight, level.mu, level.across, level.best.c)
-        counts = _counts(level.model.bins, data.state, weight, len(g))
+        counts = bin_counts(level.model.bins, data.state, weight, len(g))
         found.append(_solve_mbar(counts, _actions(level.model, fit.c, closure)[0])[0][-1])
     return float(np.std(found, ddof=1))
 
@@ -645,7 +641,7 @@ def noisy_operator_bridge(
         For arrays that do not belong together or are not finite, lambdas that do not start at 0 and
         end at 1, a constant operator, or fewer than 20 independent frames in a state.
     ConvergenceError
-        If a fit finds no mode, or the noised states do not overlap at all.
+        If a fit finds no mode, or the noised states do not overlap at any level.
 
     Notes
     -----
@@ -709,7 +705,12 @@ def noisy_operator_bridge(
         y = np.concatenate(
             [kernel(np.tile(one, (n_copies, *[1] * (one.ndim - 1))), sigma, generator) for one in x]
         )
-        found.append(_bridge_level(sigma, columns_of(features, y), data, lam, coordinates, closure, n_folds))
+        columns = columns_of(features, y)
+        try:
+            found.append(_bridge_level(sigma, columns, data, lam, coordinates, closure, n_folds))
+        except ConvergenceError:
+            if i + 1 == len(levels) and not found:
+                raise  # no level joins the states
         if progress is not None:
             progress(i + 1, len(levels))
     rows = tuple(f[0] for f in found)

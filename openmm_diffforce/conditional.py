@@ -71,6 +71,12 @@ class Fit:
     prior: FloatArray
 
 
+def bin_counts(bins: IntArray, state: IntArray, weight: FloatArray, n_states: int) -> FloatArray:
+    """Weight of the copies in every bin and state, shape (N_BINS, n_states)."""
+    flat = np.bincount(bins * n_states + state, weights=weight, minlength=N_BINS * n_states)
+    return np.asarray(flat.reshape(N_BINS, n_states), dtype=np.float64)
+
+
 class ConditionalDensity:
     """Curves of ln p(O | bin) over one coordinate, for frames of several states.
 
@@ -136,15 +142,10 @@ class ConditionalDensity:
         p /= total
         return (top + np.log(total))[..., 0], p
 
-    def _counts(self, weight: FloatArray) -> FloatArray:
-        n_states = len(self.lams)
-        flat = np.bincount(self.bins * n_states + self.state, weights=weight, minlength=N_BINS * n_states)
-        return np.asarray(flat.reshape(N_BINS, n_states), dtype=np.float64)
-
     def fit(self, weight: FloatArray, mu: float, across: float, start: FloatArray | None = None) -> Fit:
         """Mode of the posterior for copies of these weights (independent frames each stands for)."""
         prior = self.prior(mu, across)
-        counts = self._counts(weight)
+        counts = bin_counts(self.bins, self.state, weight, len(self.lams))
         place = csr_matrix((weight, (self.bins, np.arange(len(weight)))), shape=(N_BINS, len(weight)))
         data = (self._across.T @ (place @ self._at).toarray()).ravel()
         eye, along, cross = self._across, self._along, self._across[:, :, None] * self._across[:, None, :]

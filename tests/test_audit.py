@@ -162,6 +162,7 @@ def test_too_few_frames_fail_the_bridge():
     ("gate", "change"),
     [
         ("overlap of the noised ends", {"overlap": 0.0}),
+        ("overlap above one", {"overlap": 1.5}),
         ("spread over models [kT]", {"d_models": 9.0}),
         ("spread over folds [kT]", {"d_folds": 9.0}),
         ("spread over closures [kT]", {"closures": {"density": 0.0, "tweedie": 0.0, "gamma": 99.0}}),

@@ -15,7 +15,7 @@ from openmm_diffforce.bridge import (
     noisy_operator_bridge,
 )
 from openmm_diffforce.conditional import N_BINS
-from openmm_diffforce.errors import InputError
+from openmm_diffforce.errors import ConvergenceError, InputError
 from openmm_diffforce.estimate import _fit_mbar, bar_between
 
 ONES = (1.0, 1.0)
@@ -285,3 +285,20 @@ def good() -> dict:
 def test_bad_input(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         noisy_operator_bridge(**(good() | change))
+
+
+def test_ends_that_no_level_joins_are_refused() -> None:
+    x, o, _ = wells(60.0, 200, np.random.default_rng(0))
+    with pytest.raises(ConvergenceError, match="they do not overlap at all"):
+        noisy_operator_bridge(
+            x, o, generator=np.random.default_rng(0), inefficiency=ONES, sigmas=[0.1, 0.5], n_bootstrap=0
+        )
+
+
+def test_a_level_that_joins_nothing_is_left_out() -> None:
+    x, o, _ = wells(60.0, 200, np.random.default_rng(0))
+    found = noisy_operator_bridge(
+        x, o, generator=np.random.default_rng(0), inefficiency=ONES, sigmas=[0.5, 100.0], n_bootstrap=0
+    )
+    assert [level.sigma for level in found.levels] == [100.0]
+    assert found.d_delta_f > 10
