@@ -339,26 +339,33 @@ def runs(found: dict[str, Any]) -> list[tuple[str, int, float, float, Any]]:
     return out
 
 
+AUDIT_HEAD = [
+    "Wrong: |Delta f - reference| > max(1 kT, 3 SE of the reference). 95 % intervals (Wilson).", "",
+    "| runs | right, PASS | right, WARN | right, FAIL | wrong, PASS | wrong, WARN | wrong, FAIL |",
+    "|---|---|---|---|---|---|---|",
+]  # fmt: skip
+
+
+def audit_row(label: str, some: Sequence[tuple[Any, ...]]) -> str:
+    """Right or wrong against the verdict, of rows (..., miss, error of the reference, audit)."""
+    cells = []
+    for wrong in (False, True):
+        these = [verdict(r[-1]["gates"]) for r in some if (abs(r[-3]) > max(1.0, 3 * r[-2])) == wrong]
+        cells += [interval(these.count(v), len(these)) for v in ("PASS", "WARN", "FAIL")]
+    return f"| {len(some)}, {label} | " + " | ".join(cells) + " |"
+
+
 def audit_table(found: dict[str, Any]) -> list[str]:
-    """Right or wrong against PASS or not; thresholds were set on the runs with an even number."""
-    lines = [
-        "## The audit", "",
-        "Wrong: |Delta f - reference| > max(1 kT, 3 SE of the reference). Thresholds were set on runs with",
-        "an even number; only the others count. 95 % intervals (Wilson).", "",
-        "| runs | right, PASS | right, WARN | right, FAIL | wrong, PASS | wrong, WARN | wrong, FAIL |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    """The audit's own test; thresholds were set with the runs of an even number in view."""
     every = runs(found)
-    for label, half in (("odd: counted", 1), ("even: thresholds", 0)):
-        some = [r for r in every if r[1] % 2 == half]
-        cells = []
-        for wrong in (False, True):
-            these = [verdict(r[4]["gates"]) for r in some if (abs(r[2]) > max(1.0, 3 * r[3])) == wrong]
-            cells += [interval(these.count(v), len(these)) for v in ("PASS", "WARN", "FAIL")]
-        lines.append(f"| {len(some)}, {label} | " + " | ".join(cells) + " |")
-    passed = [abs(r[2]) <= 1 for r in every if r[1] % 2 == 1 and verdict(r[4]["gates"]) == "PASS"]
-    lines += ["", f"Within 1 kT among PASS (odd runs): {interval(sum(passed), len(passed))}.", ""]
-    return lines
+    odd, even = ([r for r in every if r[1] % 2 == half] for half in (1, 0))
+    passed = [abs(r[2]) <= 1 for r in odd if verdict(r[4]["gates"]) == "PASS"]
+    return [
+        "## The audit", "",
+        "Thresholds were set with runs of an even number in view; the others count.", "", *AUDIT_HEAD,
+        audit_row("odd: counted", odd), audit_row("even: thresholds", even), "",
+        f"Within 1 kT among PASS (odd runs): {interval(sum(passed), len(passed))}.", "",
+    ]  # fmt: skip
 
 
 def interval(k: int, n: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import openmm as mm
 import pandas as pd
-from bridge import methods, verdict
+from bridge import AUDIT_HEAD, audit_row, methods, verdict
 from indole_sample import sample
 from indole_systems import (
     N_STATES,
@@ -276,6 +276,13 @@ def table(checks: dict[str, Any], found: dict[str, Any]) -> list[str]:
         lines += [_method_row(method, r) for method in METHODS] + [""]
         said = [verdict(r["ends"][key]["bridge"][2]["gates"]) for key in ("all", *r["seeds"])]
         lines += [f"Audit of the bridge: {said[0]}; of the seeds: {', '.join(said[1:])}.", ""]
+    judged = [
+        (r["ends"][key]["bridge"][0] - r["mbar"][0], r["mbar"][1], r["ends"][key]["bridge"][2])
+        for r in found.values()
+        for key in r["ends"]
+    ]
+    lines += ["## The audit of the bridge, over all cases, seeds and their pools", "", *AUDIT_HEAD]
+    lines += [audit_row("none used for the thresholds but that of normal scores", judged), ""]
     lines += [
         "## Energies against the scripts of the structures", "",
         f"Largest deviations [kJ/mol] at {N_CHECKED} frames of each end. Sampling: the System of the windows",
