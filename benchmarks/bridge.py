@@ -168,8 +168,16 @@ def mbar(lams: Sequence[float], operators: Sequence[np.ndarray]) -> tuple[float,
     import pymbar
 
     some = [o[:: math.ceil(statistical_inefficiency(o))] for o in operators]
+    # BAR along the chain is a start from which the solver does not get lost.
+    steps = [
+        bar_between(h * a, -h * b, decorrelate=False, min_overlap=0).delta_f
+        for h, a, b in zip(np.diff(lams), some[:-1], some[1:], strict=True)
+    ]
     u_kn = np.multiply.outer(np.asarray(lams), np.concatenate(some))
-    found = pymbar.MBAR(u_kn, [len(o) for o in some]).compute_free_energy_differences()
+    solved = pymbar.MBAR(
+        u_kn, [len(o) for o in some], initial_f_k=np.cumsum([0.0, *steps]), solver_protocol="robust"
+    )
+    found = solved.compute_free_energy_differences()
     return float(found["Delta_f"][0, -1]), float(found["dDelta_f"][0, -1])
 
 

@@ -364,7 +364,7 @@ def fit_operator_density(
         For values that are not finite, lambdas that do not increase, or fewer than ``MIN_FRAMES``
         independent frames in a state.
     ConvergenceError
-        If no mode of the posterior is found.
+        If no mode of the posterior is found in any coordinate.
 
     Notes
     -----
@@ -404,6 +404,7 @@ def fit_operator_density(
     third = np.diff(np.eye(N_COEFS), 3, axis=0)
     rough = third.T @ third
     rows = []
+    unsolved: ConvergenceError | None = None
     for coordinate in coordinates_of(found):
         model = _model(found, wide, n, coordinate)
         z = model.z[0]
@@ -412,7 +413,11 @@ def fit_operator_density(
         best = -math.inf
         for mu in ROUGHNESS[::-1]:
             prior = mu * rough + WEAK * np.eye(N_COEFS)
-            c, value, hessian = _maximise(model, lam, n, prior, c)
+            try:
+                c, value, hessian = _maximise(model, lam, n, prior, c)
+            except ConvergenceError as err:
+                unsolved = err
+                break  # this coordinate is no place for these frames
             tilt = float(n @ ((lam - wide) * [o.mean() for o in found]))
             evidence = value + model.log_jacobian - tilt
             evidence += 0.5 * np.linalg.slogdet(prior)[1] - 0.5 * np.linalg.slogdet(hessian)[1]
@@ -433,6 +438,9 @@ def fit_operator_density(
             )
             chi2 = [_chi2(model, c, a, b, d) for a, b, d in zip(lam, model.z, g, strict=True)]
             rows.append((evidence, f, variance, mean, mean_variance, chi2, coordinate, mu))
+    if not rows:
+        assert unsolved is not None
+        raise unsolved
     weight = np.exp(np.array([r[0] for r in rows]) - max(r[0] for r in rows))
     weight /= weight.sum()
     f_all, var_all, o_all, var_o_all, chi2_all = (np.array([r[i] for r in rows]) for i in range(1, 6))
