@@ -36,7 +36,7 @@ from .closure import (
 from .conditional import N_BINS, ConditionalDensity, Fit, bin_counts
 from .density import OperatorCoordinate, OperatorDensity, coordinates_of, fit_operator_density
 from .errors import ConvergenceError, InputError
-from .estimate import statistical_inefficiency
+from .estimate import MIN_OVERLAP, statistical_inefficiency
 from .summary import PairDistances, columns_of, cross_fitted_summary, fold_of
 
 FloatArray = npt.NDArray[np.float64]
@@ -64,9 +64,6 @@ LEAST_WEIGHT = 0.05
 
 LONGEST_STEP = 1e3
 """Of Newton's method for MBAR between the noised states [kT]."""
-
-MIN_OVERLAP = 0.03
-"""A level whose noised ends overlap less is not chosen."""
 
 Kernel = Callable[[FloatArray, float, np.random.Generator], FloatArray]
 """(frames, sigma, generator) -> noised frames."""
@@ -714,6 +711,7 @@ def noisy_operator_bridge(
         if progress is not None:
             progress(i + 1, len(levels))
     rows = tuple(f[0] for f in found)
+    # A level whose noised ends overlap less than BAR asks for is not chosen.
     open_to_choice = [i for i, r in enumerate(rows) if r.overlap >= MIN_OVERLAP] or list(range(len(rows)))
     chosen = min(open_to_choice, key=lambda i: rows[i].d_delta_f)
     level, kept, work = found[chosen]

@@ -107,15 +107,17 @@ def _pair(settings: BridgeSettings) -> EndStatePair:
     return parts.pair
 
 
-def _check_spot(settings: BridgeSettings, inputs: BridgeInputs) -> None:
-    """Before the bridge is computed."""
+def _spot_pair(settings: BridgeSettings, inputs: BridgeInputs) -> EndStatePair:
+    """End states for the spot check, checked before the bridge is computed."""
     kept = inputs.frames[0].shape[1]
     if kept != inputs.n_atoms:
         raise InputError(
             f"spot: expected frames with all {inputs.n_atoms} atoms, found {kept} kept near the noised ones; "
             "call run_posterior_bridge with atoms= for a large system, and remove this key."
         )
-    require_unconstrained(_pair(settings).system_0, name="spot")
+    pair = _pair(settings)
+    require_unconstrained(pair.system_0, name="spot")
+    return pair
 
 
 def read_inputs(settings: BridgeSettings, *, progress: Progress | None = None) -> BridgeInputs:
@@ -192,8 +194,7 @@ def run_bridge(
     timing: dict[str, float] = {}
     started = time.monotonic()
     inputs = read_inputs(settings, progress=progress)
-    if settings.spot:
-        _check_spot(settings, inputs)
+    pair = _spot_pair(settings, inputs) if settings.spot else None
     timing["reading"] = time.monotonic() - started
     started = time.monotonic()
     report = progress
@@ -209,10 +210,10 @@ def run_bridge(
     )  # fmt: skip
     timing["bridge"] = time.monotonic() - started
     spot = None
-    if settings.spot:
+    if pair is not None:
         started = time.monotonic()
         spot = run_posterior_bridge(
-            _pair(settings), inputs.frames[0], inputs.frames[-1], settings.spot_sigma, n_y=settings.spot,
+            pair, inputs.frames[0], inputs.frames[-1], settings.spot_sigma, n_y=settings.spot,
             seed=settings.seed, progress=stage("posterior MD"),
         )  # fmt: skip
         timing["posterior MD"] = time.monotonic() - started
