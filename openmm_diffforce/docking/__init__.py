@@ -1,0 +1,26 @@
+"""Docking: rigid-body diffusion on R^3 x SO(3), its likelihoods, and learned docking energies.
+
+The public names are imported on first use, as those of the package are.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Poses": "rigid",
+    "RigidSchedule": "rigid",
+    "noise_poses": "rigid",
+    "sample_poses": "rigid",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
