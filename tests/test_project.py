@@ -70,6 +70,7 @@ FLOORS: dict[str, float] = {
     "docking.so3": 7.0,
     "docking.rigid": 7.1,
     "docking.mixture": 7.15,
+    "docking.rigid_energy": 7.2,
     "docking": 7.8,
     "testing": 7.9,
     "config": 8.0,
@@ -156,6 +157,7 @@ def foreign_imports(module: str) -> set[str]:
         *(m for m in MODULES if m.startswith("models.")),
         "docking.mixture",
         "docking.rigid",
+        "docking.rigid_energy",
         "docking.so3",
     ],
 )
