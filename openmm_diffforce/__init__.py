@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .artefact import load_artefact as load_artefact
     from .bridge import noisy_operator_bridge as noisy_operator_bridge
     from .density import fit_operator_density as fit_operator_density
+    from .docking.adapter import ExternalDockingModel as ExternalDockingModel
     from .docking.rigid import PosePrior as PosePrior
     from .docking.rigid import Poses as Poses
     from .docking.rigid import RigidSchedule as RigidSchedule
@@ -59,6 +60,7 @@ _HOME = {
     "DomainReporter": "reporters",
     "EndStatePair": "alchemy",
     "EnvelopeAction": "models.envelope",
+    "ExternalDockingModel": "docking.adapter",
     "MolecularGraph": "models.graph",
     "NetworkAction": "models.network",
     "NetworkSettings": "network_training",

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "DFMDOCK_SCHEDULE": "adapter",
+    "ExternalDockingModel": "adapter",
     "PoseEnergyResult": "rigid_energy",
     "PoseMixture": "mixture",
     "PosePrior": "rigid",
