@@ -27,7 +27,8 @@ from openmm_diffforce.estimate import bar_between, statistical_inefficiency
 from openmm_diffforce.record import atomic_path, plain, write_json
 
 SEED = 900
-N_TOYS = 200
+N_TOYS, N_TOYS_KEPT = 200, 20
+"""Repeats of a toy; so many of them are kept at a time."""
 N_TOY_FRAMES = 1000
 N_SETS = 5
 """Independent runs of every alanine case."""
@@ -139,10 +140,18 @@ def toy(name: str) -> Part:
         generator = np.random.default_rng(SEED)
         rows: dict[str, list[Any]] = {}
         exact = 0.0
-        for k in track(range(N_TOYS), name):
-            x, o, exact = draw(generator)
-            for method, value in methods(x, o, SEED + k, correlated=False).items():
-                rows.setdefault(method, []).append(value)
+        for first in range(0, N_TOYS, N_TOYS_KEPT):
+            kept = out / f"{name}_from_{first}.json"
+            drawn = [draw(generator) for _ in range(N_TOYS_KEPT)]
+            exact = drawn[0][2]
+            if not kept.exists():
+                some: dict[str, list[Any]] = {}
+                for k, (x, o, _) in enumerate(track(drawn, f"{name} {first}"), start=first):
+                    for method, value in methods(x, o, SEED + k, correlated=False).items():
+                        some.setdefault(method, []).append(value)
+                write_json(kept, plain(some))
+            for method, values in json.loads(kept.read_text()).items():
+                rows.setdefault(method, []).extend(values)
         return {"exact": exact, "rows": rows}
 
     return run

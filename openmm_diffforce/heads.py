@@ -142,13 +142,13 @@ def cross_fitted_heads(
     net.start(shares[0])
     constant = net.heads()
     n_steps = net.fit(shares[0], shares[1], generator)
-    by_fold = tuple(heads_to_moments(*one) for one in net.heads())
-    for one in by_fold:
-        if not all(np.isfinite(v).all() for v in vars(one).values()):
-            raise ConvergenceError(
-                "heads: expected finite moments of O, found some that are not; look for single frames far "
-                "outside, or use closure='density', which needs no network."
-            )
+    last = net.heads()
+    if not all(np.isfinite(v).all() for one in last for v in one):
+        raise ConvergenceError(
+            "heads: expected finite heads of every frame, found some that are not; look for single frames "
+            "far outside, or use the defaults of the bridge, which need no network."
+        )
+    by_fold = tuple(heads_to_moments(*one) for one in last)
     rows = np.arange(len(fold))
     own = HeadMoments(
         *(np.stack([getattr(m, name) for m in by_fold])[fold, rows] for name in vars(by_fold[0]))
@@ -186,6 +186,8 @@ def _check(
         raise InputError(
             f"end: expected 0 and 1, found {np.unique(end).tolist()}; heads have two end states."
         )
+    if not np.issubdtype(np.asarray(block).dtype, np.integer) or (n and block.min() < 0):
+        raise InputError(f"block: expected integers of at least 0, found {np.unique(block)[:5].tolist()}.")
     n_folds = int(block.max()) // 2 + 1 if n else 0
     if n_folds < 2:
         raise InputError(f"block: expected two blocks for each of at least 2 folds, found {n_folds} folds.")
@@ -313,7 +315,7 @@ class _Networks:
             optimiser.step()
             if step % CHECK_EVERY == 0:
                 now = held_out()
-                gain = now < best - 1e-6
+                gain = (now < best - 1e-6) & (quiet < PATIENCE)  # a network that has stopped stays so
                 quiet = torch.where(gain, torch.zeros_like(quiet), quiet + 1)
                 best, best_step = torch.where(gain, now, best), torch.where(gain, step, best_step)
                 for keep, w in zip(kept, self.weights, strict=True):
