@@ -234,8 +234,11 @@ class PairOperator:
                 f"frames, operators: expected two end states, found {len(frames)} and {len(operators)}."
             )
         levels = np.asarray(sigmas, dtype=np.float64)
-        if levels.ndim != 1 or not len(levels) or not np.isfinite(levels).all() or not levels[0] >= 2 * NODE:
-            raise InputError(f"sigmas: expected levels of at least {2 * NODE:g} nm, found {levels.tolist()}.")
+        rising = levels.ndim == 1 and len(levels) > 0 and np.isfinite(levels).all()
+        if not rising or not levels[0] >= 2 * NODE or (np.diff(levels) <= 0).any():
+            raise InputError(
+                f"sigmas: expected levels of at least {2 * NODE:g} nm that increase, found {levels.tolist()}."
+            )
         noised = range(graph.n_atoms) if atoms is None else [int(a) for a in atoms]
         if not noised or len(set(noised)) != len(noised) or min(noised) < 0 or max(noised) >= graph.n_atoms:
             raise InputError(
