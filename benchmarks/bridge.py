@@ -8,6 +8,7 @@ between. Every estimate is kept with its audit, and the audit is judged at the e
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from scipy.special import logsumexp
 from openmm_diffforce.alanine import AlanineCase, alanine_case, alanine_dipeptide
 from openmm_diffforce.alchemy import lambda_states, perturb_nonbonded
 from openmm_diffforce.audit import BRIDGE_GATES, Audit, audit_bridge, judge
-from openmm_diffforce.bridge import BridgeResult, noisy_operator_bridge
+from openmm_diffforce.bridge import BridgeResult, default_levels, noisy_operator_bridge
 from openmm_diffforce.errors import DiffForceError
 from openmm_diffforce.estimate import bar_between, statistical_inefficiency
+from openmm_diffforce.pair_features import PairOperator
 from openmm_diffforce.record import atomic_path, plain, write_json
+from openmm_diffforce.summary import PairDistances
+from openmm_diffforce.systems import graph_from_topology
 
 SEED = 900
 N_TOYS, N_TOYS_KEPT = 200, 20
@@ -40,6 +44,8 @@ SEGMENT = 50
 """Frames between two moves of the methyl group."""
 SHORT_CASES, SHORT_LENGTHS, N_SHORT = ("Br3", "I3"), (100, 200), 5
 """Starved runs: N_SHORT disjoint blocks of every length from each of the N_SETS runs of these cases."""
+SUPERVISED_CASES, N_SUPERVISED, N_SUPERVISED_LEVELS = ("F1", "Br3", "I3"), 3, 4
+"""A network and the pair operator beside the defaults: so many runs of these cases, N_ENDS[0] frames."""
 N_RANDOM = 20
 N_RANDOM_WINDOWS, N_RANDOM_REFERENCE, N_RANDOM_ENDS = 9, 500, 1000
 
@@ -350,11 +356,55 @@ def short(out: Path) -> dict[str, Any]:
     return {"rows": found}
 
 
+def supervised(out: Path) -> dict[str, Any]:
+    """What a network and the pair operator add to the defaults, on frames of the cases."""
+    found: dict[str, Any] = {}
+    for name in SUPERVISED_CASES:
+        case = alanine_case(name, restrain_phi=True)
+        hydrogens, graph = hydrogens_of(case), graph_from_topology(case.topology)
+        for k in range(1, N_SUPERVISED + 1):
+            kept = out / f"supervised_{name}_{k}.json"
+            if not kept.exists():
+                ends = [
+                    frames_of(case, lam, max(N_ENDS), SEED + k, hydrogens, out / f"{name}_{k}_{lam:.3f}.npz")
+                    for lam in (0.0, 1.0)
+                ]
+                x, o = ([v[i][: N_ENDS[0]] for v in ends] for i in (0, 1))
+                distances = PairDistances.of(x, case.perturbed)
+                levels = default_levels([distances(one) for one in x], N_SUPERVISED_LEVELS)
+
+                row = {}
+                for label, options in SUPERVISED.items():
+                    start = time.process_time()
+                    features = None
+                    if label == "pair operator":
+                        features = PairOperator.of(
+                            x, o, graph, case.perturbed, atoms=case.perturbed, beside=distances
+                        )
+                    value = judged(
+                        noisy_operator_bridge(
+                            x, o, generator=np.random.default_rng(SEED + k), atoms=case.perturbed,
+                            sigmas=levels, features=features, **options,
+                        )
+                    )  # fmt: skip
+                    row[label] = (*value, time.process_time() - start)
+                write_json(kept, plain(row))
+            found.setdefault(name, []).append(json.loads(kept.read_text()))
+            print("supervised", name, k, {m: v[:2] for m, v in found[name][-1].items()}, flush=True)
+    return found
+
+
+SUPERVISED: dict[str, dict[str, Any]] = {
+    "defaults": {}, "heads as closure": {"closure": "heads"}, "heads as summary": {"summary": "heads"},
+    "pair operator": {},
+}  # fmt: skip
+
 PARTS: dict[str, Part] = {
     **{name: toy(name) for name in TOYS},
     **{name: alanine(name) for name in ("F1", "Br3", "I3")},
     "random": random,
     "short": short,
+    "supervised": supervised,
 }
 
 
@@ -435,6 +485,37 @@ def audit_table(found: dict[str, Any]) -> list[str]:
         passed = [abs(r[2]) <= 1 for r in some if verdict(r[4]["gates"]) == "PASS"]
         lines += [f"Within 1 kT among PASS (odd runs, {what}): {interval(sum(passed), len(passed))}.", ""]
     return lines
+
+
+def supervised_rows(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## A network, and the pair operator: {N_SUPERVISED} runs of {N_ENDS[0]} frames per end", "",
+        f"The same frames, seeds and {N_SUPERVISED_LEVELS} noise levels for all. Heads as closure: the work",
+        "of every noised frame by a cross-fitted network, fitted by the Gaussian likelihood of O. Heads as",
+        "summary: the order of those works, with the density of the defaults. Pair operator: O as a sum over",
+        "pairs, noised in closed form, as columns beside the defaults'. CPU-seconds with the fits.", "",
+        "| case | method | bias | error | stated | covered | sigma [nm] | overlap | closures [kT] "
+        "| PASS, WARN, FAIL | CPU-s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in SUPERVISED_CASES:
+        if name not in found:
+            continue
+        for label in SUPERVISED:
+            values = [one[label] for one in found["supervised"][name]]
+            cells = row(label, values, found[name]["reference"][0]).strip("| ").split(" | ")
+            gates = [v[2]["gates"] for v in values]
+            verdicts = [verdict(g) for g in gates]
+            overlap, spread = (
+                np.mean([g[n] for g in gates])
+                for n in ("overlap of the noised ends", "spread over closures [kT]")
+            )
+            sigma, seconds = (np.mean(v) for v in zip(*((v[2]["sigma"], v[3]) for v in values), strict=True))
+            lines.append(
+                f"| {name} | {' | '.join(cells)} | {sigma:.3f} | {overlap:.2f} | {spread:.2f} "
+                f"| {', '.join(str(verdicts.count(v)) for v in ('PASS', 'WARN', 'FAIL'))} | {seconds:.0f} |"
+            )
+    return [*lines, ""]
 
 
 def short_rows(found: dict[str, Any]) -> list[str]:
@@ -521,6 +602,8 @@ def table(found: dict[str, Any]) -> list[str]:
                 f"{verdict(bridge[2]['gates'])} |"
             )
         lines.append("")
+    if "supervised" in found:
+        lines += supervised_rows(found)
     if "short" in found and all(name in found for name in SHORT_CASES):
         lines += short_rows(found)
     return lines + audit_table(found)

@@ -22,7 +22,7 @@ from . import ops
 from .errors import InputError
 from .models.graph import MolecularGraph
 from .models.physics import OperatorTables
-from .training import OPERATOR_SPACING, check_ends, check_frames, fit_operator
+from .training import OPERATOR_TOLERANCE, check_ends, check_frames
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -39,7 +39,13 @@ TAIL = 1e-3
 NOISE = (0.01, 0.02, 0.04, 0.08)
 """Noise levels of the columns of a pair operator [nm], beside none."""
 
-NODE = 0.001
+RIDGE = 1e-7
+"""Penalty of a pair operator's functions, relative to its normal matrix: O has no noise."""
+
+SPACING = 0.01
+"""Largest spacing of the knots of its tables [nm]."""
+
+NODE = 0.002
 """Spacing of the integrals of a convolution [nm]; levels are several of it."""
 
 
@@ -189,12 +195,12 @@ class PairOperator:
         graph: MolecularGraph,
         sites: Sequence[int],
         *,
-        generator: np.random.Generator,
+        becomes: Sequence[str] | None = None,
         atoms: Sequence[int] | None = None,
         sigmas: Sequence[float] = NOISE,
         beside: Callable[[Any], Any] | None = None,
     ) -> "PairOperator":
-        """Fit O without noise as a sum over pairs, and noise it in closed form.
+        """Fit O without noise as a sum of pair functions, and noise them in closed form.
 
         Parameters
         ----------
@@ -202,11 +208,8 @@ class PairOperator:
             Of both end states [nm].
         operators : sequence of array_like, each of shape (n_frames,)
             O on them [kT].
-        graph : MolecularGraph
-        sites : sequence of int
-            The perturbed atoms.
-        generator : numpy.random.Generator
-            Of :func:`~openmm_diffforce.training.fit_operator`.
+        graph, sites, becomes
+            As in :func:`pair_splines`.
         atoms : sequence of int, optional
             Atoms that are noised, by default all: as the bridge's.
         sigmas : sequence of float
@@ -221,13 +224,16 @@ class PairOperator:
         Raises
         ------
         InputError
-            For frames of other than two ends, noise levels that do not increase from above ``NODE``,
-            atoms that are repeated or out of range, and as :func:`fit_operator`.
+            For frames of other than two ends, noise levels that do not increase from at least twice
+            ``NODE``, atoms that are repeated or out of range, and as :func:`pair_splines`.
 
         Notes
         -----
-        Without noise O is a function of the frame: the fit has no scatter of O to learn by heart, and
-        is not repeated for the folds of a bridge. Pairs are convolved one by one, as on a flat base.
+        Least squares with the weights of :func:`~openmm_diffforce.training.fit_operator`: a clash counts
+        by its relative error. Without noise O is a function of the frame: the fit has no scatter of O to
+        learn by heart, and is not repeated for the folds of a bridge. Pairs are noised one by one, as
+        on a flat base. The columns are no lengths: a bridge whose columns have none beside them must be
+        given its ``sigmas``. Deterministic.
         """
         if len(frames) != 2 or len(operators) != 2:
             raise InputError(
@@ -244,14 +250,19 @@ class PairOperator:
             raise InputError(
                 f"atoms: expected different indices below {graph.n_atoms}, found {list(noised)}."
             )
-        _, values = check_ends(frames[0], operators[0], frames[1], operators[1], graph.n_atoms)
-        fit = fit_operator(
-            frames[0], operators[0], frames[1], operators[1], graph, sites,
-            sigma_knots=(0.0, *levels[-1:]), generator=generator, n_draws=1,
-        )  # fmt: skip
-        narrow = min(values, key=np.std)
-        width = float(narrow.std()) or 1.0
-        return cls(_noised_tables(fit.tables, levels, set(noised)), float(np.median(narrow)), width, beside)
+        x, o = check_ends(frames[0], operators[0], frames[1], operators[1], graph.n_atoms)
+        splines = pair_splines(x[0], x[1], graph, sites, becomes)
+        typical = np.quantile(o[1], (0.05, 0.95))
+        every = np.concatenate(o)
+        distance = np.maximum(np.maximum(typical[0] - every, every - typical[1]), 0.0)
+        weight = 1.0 / (1.0 + (distance / OPERATOR_TOLERANCE) ** 2)
+        design = splines(np.concatenate(x))
+        gram = design.T @ (weight[:, None] * design)
+        penalty = splines.roughness + splines.ridge + 1e-3 * np.eye(len(gram))
+        c = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * penalty, design.T @ (weight * every))
+        narrow = min(o, key=np.std)
+        centre, width = float(np.median(narrow)), float(narrow.std()) or 1.0
+        return cls(_noised_tables(splines, c, x, levels, set(noised)), centre, width, beside)
 
     def __call__(self, y: FloatArray) -> FloatArray:
         """Columns of noised frames [n_frames, n_atoms, 3] nm."""
@@ -307,38 +318,43 @@ def noised_pair_function(
     return np.asarray(share @ u), np.asarray(w @ u / w.sum(axis=1))
 
 
-def _noised_tables(clean: OperatorTables, sigmas: FloatArray, noised: set[int]) -> OperatorTables:
-    """The level without noise of ``clean``, and its closed-form noised levels, on one grid."""
-    n_types, n_old = clean.table.shape[0], clean.table.shape[-1]
+def _noised_tables(
+    splines: PairSplines, c: FloatArray, frames: Sequence[FloatArray], sigmas: FloatArray, noised: set[int]
+) -> OperatorTables:
+    """Pair functions without noise, and noised at both ends, as tables of the compiled kernel."""
+    n_types = len(splines.low)
+    a_idx, b_idx = splines.pairs.T
+    sites = np.unique(a_idx)
+    pair_type = np.full((len(sites), frames[0].shape[1]), -1, dtype=np.int64)
+    pair_type[np.searchsorted(sites, a_idx), b_idx] = splines.types
+    r = np.concatenate([np.linalg.norm(x[:, a_idx] - x[:, b_idx], axis=-1) for x in frames])
     margin = 3.0 * sigmas[-1]
-    low = np.maximum(clean.r_grid[:, 0] - margin, 2 * NODE)
-    high = clean.r_grid[:, 0] + (n_old - 3) * clean.r_grid[:, 1] + margin
-    n_coefs = int(np.ceil((high - low).max() / OPERATOR_SPACING)) + 3
+    ranges = [(r[:, splines.types == k].min(), r[:, splines.types == k].max()) for k in range(n_types)]
+    low = np.array([max(v[0] - margin, 2 * NODE) for v in ranges])
+    high = np.array([v[1] + margin for v in ranges])
+    n_coefs = int(np.ceil((high - low).max() / SPACING)) + 3
     spacing = (high - low) / (n_coefs - 3)
     table = np.zeros((n_types, 2, len(sigmas) + 1, n_coefs))
     for k in range(n_types):
-        a, b = np.nonzero(clean.pair_type == k)
-        atoms = zip(clean.sites[a], clean.env[b], strict=True)
-        share = np.mean([(int(i) in noised) + (int(j) in noised) for i, j in atoms])
-        r = np.arange(NODE, high[k] + 5.0 * np.sqrt(2.0) * sigmas[-1], NODE)
-        pair = torch.zeros((len(r), 2, 3), dtype=torch.float64)
-        pair[:, 1, 0] = torch.as_tensor(r)
-        alone = replace(
-            clean, sites=np.array([0]), env=np.array([1]), pair_type=np.array([[k]]), r_cutoff=0.0
-        )
-        u = _evaluate(alone, pair, 0.0, 0.0)
-        at = np.linspace(low[k], high[k], 8 * n_coefs)
+        mine = splines.types == k
+        # Of the two atoms' noise, in units of sigma^2; the mean where pairs of a type differ.
+        share = np.mean([(int(i) in noised) + (int(j) in noised) for i, j in splines.pairs[mine]])
+        nodes = np.arange(NODE, high[k] + 5.0 * np.sqrt(2.0) * sigmas[-1], NODE)
+        pair = np.zeros((len(nodes), 2, 3))
+        pair[:, 1, 0] = nodes
+        alone = replace(splines, pairs=np.array([[0, 1]]), types=np.array([k]))
+        u = alone(pair) @ c
+        at = np.linspace(low[k], high[k], 3 * n_coefs)
         knots = low[k] + spacing[k] * (np.arange(n_coefs + 4) - 3)
         inside = np.clip(at, knots[3], np.nextafter(knots[n_coefs], -np.inf))
         design = BSpline.design_matrix(inside, knots, 3).toarray()
-        rows = [np.interp(at, r, u)] * 2
+        rows = [np.interp(at, nodes, u)] * 2
         for sigma in sigmas:
             s = sigma * np.sqrt(share)
-            rows += noised_pair_function(u, r, s, at) if s > 0 else rows[:2]
+            rows += noised_pair_function(u, nodes, s, at) if s > 0 else rows[:2]
         found = np.linalg.lstsq(design, np.stack(rows, axis=1), rcond=None)[0]
         table[k] = found.reshape(n_coefs, len(sigmas) + 1, 2).transpose(2, 1, 0)
-    r_switch = float(1.25 * high.max())
-    return replace(
-        clean, table=table, r_grid=np.stack([low, spacing], axis=1), lam_knots=np.array([0.0, 1.0]),
-        sigma_knots=np.concatenate([[0.0], sigmas]), r_switch=r_switch, r_cutoff=r_switch + 0.2,
+    return OperatorTables(
+        sites, np.arange(pair_type.shape[1]), pair_type, table, np.stack([low, spacing], axis=1),
+        np.array([0.0, 1.0]), np.concatenate([[0.0], sigmas]), 0.0, 0.0,
     )  # fmt: skip
