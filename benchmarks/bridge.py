@@ -8,6 +8,7 @@ between. Every estimate is kept with its audit, and the audit is judged at the e
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,17 @@ from scipy.special import logsumexp
 from openmm_diffforce.alanine import AlanineCase, alanine_case, alanine_dipeptide
 from openmm_diffforce.alchemy import lambda_states, perturb_nonbonded
 from openmm_diffforce.audit import BRIDGE_GATES, Audit, audit_bridge, judge
-from openmm_diffforce.bridge import BridgeResult, noisy_operator_bridge
+from openmm_diffforce.bridge import BridgeResult, default_levels, noisy_operator_bridge
+from openmm_diffforce.errors import DiffForceError
 from openmm_diffforce.estimate import bar_between, statistical_inefficiency
+from openmm_diffforce.pair_features import PairOperator
 from openmm_diffforce.record import atomic_path, plain, write_json
+from openmm_diffforce.summary import PairDistances
+from openmm_diffforce.systems import graph_from_topology
 
 SEED = 900
-N_TOYS = 200
+N_TOYS, N_TOYS_KEPT = 200, 20
+"""Repeats of a toy; so many of them are kept at a time."""
 N_TOY_FRAMES = 1000
 N_SETS = 5
 """Independent runs of every alanine case."""
@@ -36,6 +42,10 @@ INTERVAL = 200
 """Steps of 1 fs between frames; inefficiencies are estimated, not assumed."""
 SEGMENT = 50
 """Frames between two moves of the methyl group."""
+SHORT_CASES, SHORT_LENGTHS, N_SHORT = ("Br3", "I3"), (100, 200), 5
+"""Starved runs: N_SHORT disjoint blocks of every length from each of the N_SETS runs of these cases."""
+SUPERVISED_CASES, N_SUPERVISED, N_SUPERVISED_LEVELS = ("F1", "Br3", "I3"), 3, 4
+"""A network and the pair operator beside the defaults: so many runs of these cases, N_ENDS[0] frames."""
 N_RANDOM = 20
 N_RANDOM_WINDOWS, N_RANDOM_REFERENCE, N_RANDOM_ENDS = 9, 500, 1000
 
@@ -136,10 +146,18 @@ def toy(name: str) -> Part:
         generator = np.random.default_rng(SEED)
         rows: dict[str, list[Any]] = {}
         exact = 0.0
-        for k in track(range(N_TOYS), name):
-            x, o, exact = draw(generator)
-            for method, value in methods(x, o, SEED + k, correlated=False).items():
-                rows.setdefault(method, []).append(value)
+        for first in range(0, N_TOYS, N_TOYS_KEPT):
+            kept = out / f"{name}_from_{first}.json"
+            drawn = [draw(generator) for _ in range(N_TOYS_KEPT)]
+            exact = drawn[0][2]
+            if not kept.exists():
+                some: dict[str, list[Any]] = {}
+                for k, (x, o, _) in enumerate(track(drawn, f"{name} {first}"), start=first):
+                    for method, value in methods(x, o, SEED + k, correlated=False).items():
+                        some.setdefault(method, []).append(value)
+                write_json(kept, plain(some))
+            for method, values in json.loads(kept.read_text()).items():
+                rows.setdefault(method, []).extend(values)
         return {"exact": exact, "rows": rows}
 
     return run
@@ -301,10 +319,92 @@ def random(out: Path) -> dict[str, Any]:
     return {"draws": found}
 
 
+def short(out: Path) -> dict[str, Any]:
+    """Runs that are far too short, cut from those of the cases: what the audit makes of wrong numbers."""
+    found = []
+    for name in SHORT_CASES:
+        case = alanine_case(name, restrain_phi=True)
+        hydrogens = hydrogens_of(case)
+        for k in range(1, N_SETS + 1):
+            kept = out / f"short_{name}_{k}.json"
+            if not kept.exists():
+                ends = [
+                    frames_of(case, lam, max(N_ENDS), SEED + k, hydrogens, out / f"{name}_{k}_{lam:.3f}.npz")
+                    for lam in (0.0, 1.0)
+                ]
+                rows = []
+                for b in range(N_SHORT):
+                    start = b * max(N_ENDS) // N_SHORT
+                    for n in SHORT_LENGTHS:
+                        block = slice(start, start + n)
+                        start += n
+                        x, o = zip(*((v[0][block], v[1][block]) for v in ends), strict=True)
+                        row: dict[str, Any] = {"case": name, "n": n, "run": k, "block": b}
+                        try:
+                            row["bridge"] = judged(
+                                noisy_operator_bridge(
+                                    x, o, generator=np.random.default_rng(SEED + 10 * k + b),
+                                    atoms=case.perturbed,
+                                )
+                            )  # fmt: skip
+                        except DiffForceError as err:
+                            row["refused"] = f"{type(err).__name__}: {err}"
+                        rows.append(row)
+                write_json(kept, plain({"rows": rows}))
+            found += json.loads(kept.read_text())["rows"]
+            print("short", name, k, flush=True)
+    return {"rows": found}
+
+
+def supervised(out: Path) -> dict[str, Any]:
+    """What a network and the pair operator add to the defaults, on frames of the cases."""
+    found: dict[str, Any] = {}
+    for name in SUPERVISED_CASES:
+        case = alanine_case(name, restrain_phi=True)
+        hydrogens, graph = hydrogens_of(case), graph_from_topology(case.topology)
+        for k in range(1, N_SUPERVISED + 1):
+            kept = out / f"supervised_{name}_{k}.json"
+            if not kept.exists():
+                ends = [
+                    frames_of(case, lam, max(N_ENDS), SEED + k, hydrogens, out / f"{name}_{k}_{lam:.3f}.npz")
+                    for lam in (0.0, 1.0)
+                ]
+                x, o = ([v[i][: N_ENDS[0]] for v in ends] for i in (0, 1))
+                distances = PairDistances.of(x, case.perturbed)
+                levels = default_levels([distances(one) for one in x], N_SUPERVISED_LEVELS)
+
+                row = {}
+                for label, options in SUPERVISED.items():
+                    start = time.process_time()
+                    features = None
+                    if label == "pair operator":
+                        features = PairOperator.of(
+                            x, o, graph, case.perturbed, atoms=case.perturbed, beside=distances
+                        )
+                    value = judged(
+                        noisy_operator_bridge(
+                            x, o, generator=np.random.default_rng(SEED + k), atoms=case.perturbed,
+                            sigmas=levels, features=features, **options,
+                        )
+                    )  # fmt: skip
+                    row[label] = (*value, time.process_time() - start)
+                write_json(kept, plain(row))
+            found.setdefault(name, []).append(json.loads(kept.read_text()))
+            print("supervised", name, k, {m: v[:2] for m, v in found[name][-1].items()}, flush=True)
+    return found
+
+
+SUPERVISED: dict[str, dict[str, Any]] = {
+    "defaults": {}, "heads as closure": {"closure": "heads"}, "heads as summary": {"summary": "heads"},
+    "pair operator": {},
+}  # fmt: skip
+
 PARTS: dict[str, Part] = {
     **{name: toy(name) for name in TOYS},
     **{name: alanine(name) for name in ("F1", "Br3", "I3")},
     "random": random,
+    "short": short,
+    "supervised": supervised,
 }
 
 
@@ -344,6 +444,11 @@ def runs(found: dict[str, Any]) -> list[tuple[str, int, float, float, Any]]:
     for i, one in enumerate(found.get("random", {}).get("draws", [])):
         value, error = one["reference"]
         out.append(("random", i, one["rows"]["bridge"][0] - value, error, one["rows"]["bridge"][2]))
+    for one in found.get("short", {}).get("rows", []):
+        if "bridge" in one and one["case"] in found:
+            value, error = found[one["case"]]["reference"]
+            number = one["run"] + one["block"]
+            out.append(("short", number, one["bridge"][0] - value, error, one["bridge"][2]))
     return out
 
 
@@ -367,13 +472,75 @@ def audit_table(found: dict[str, Any]) -> list[str]:
     """The audit's own test; thresholds were set with the runs of an even number in view."""
     every = runs(found)
     odd, even = ([r for r in every if r[1] % 2 == half] for half in (1, 0))
-    passed = [abs(r[2]) <= 1 for r in odd if verdict(r[4]["gates"]) == "PASS"]
-    return [
+    lines = [
         "## The audit", "",
-        "Thresholds were set with runs of an even number in view; the others count.", "", *AUDIT_HEAD,
-        audit_row("odd: counted", odd), audit_row("even: thresholds", even), "",
-        f"Within 1 kT among PASS (odd runs): {interval(sum(passed), len(passed))}.", "",
+        "Thresholds were set with runs of an even number in view; the others count. The first two rows have",
+        "all runs of this page, the starved ones too; the last three tell these apart.", "", *AUDIT_HEAD,
+        audit_row("odd: counted", odd), audit_row("even: thresholds", even),
+        audit_row("odd, not starved", [r for r in odd if r[0] != "short"]),
+        audit_row("odd, starved", [r for r in odd if r[0] == "short"]),
+        audit_row("even, starved", [r for r in even if r[0] == "short"]), "",
     ]  # fmt: skip
+    for what, some in (("all", odd), ("not starved", [r for r in odd if r[0] != "short"])):
+        passed = [abs(r[2]) <= 1 for r in some if verdict(r[4]["gates"]) == "PASS"]
+        lines += [f"Within 1 kT among PASS (odd runs, {what}): {interval(sum(passed), len(passed))}.", ""]
+    return lines
+
+
+def supervised_rows(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## A network, and the pair operator: {N_SUPERVISED} runs of {N_ENDS[0]} frames per end", "",
+        f"The same frames, seeds and {N_SUPERVISED_LEVELS} noise levels for all. Heads as closure: the work",
+        "of every noised frame by a cross-fitted network, fitted by the Gaussian likelihood of O. Heads as",
+        "summary: the order of those works, with the density of the defaults. Pair operator: O as a sum over",
+        "pairs, noised in closed form, as columns beside the defaults'. CPU-seconds with the fits.", "",
+        "| case | method | bias | error | stated | covered | sigma [nm] | overlap | closures [kT] "
+        "| PASS, WARN, FAIL | CPU-s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in SUPERVISED_CASES:
+        if name not in found:
+            continue
+        for label in SUPERVISED:
+            values = [one[label] for one in found["supervised"][name]]
+            cells = row(label, values, found[name]["reference"][0]).strip("| ").split(" | ")
+            gates = [v[2]["gates"] for v in values]
+            verdicts = [verdict(g) for g in gates]
+            overlap, spread = (
+                np.mean([g[n] for g in gates])
+                for n in ("overlap of the noised ends", "spread over closures [kT]")
+            )
+            sigma, seconds = (np.mean(v) for v in zip(*((v[2]["sigma"], v[3]) for v in values), strict=True))
+            lines.append(
+                f"| {name} | {' | '.join(cells)} | {sigma:.3f} | {overlap:.2f} | {spread:.2f} "
+                f"| {', '.join(str(verdicts.count(v)) for v in ('PASS', 'WARN', 'FAIL'))} | {seconds:.0f} |"
+            )
+    return [*lines, ""]
+
+
+def short_rows(found: dict[str, Any]) -> list[str]:
+    rows = found["short"]["rows"]
+    lines = [
+        f"## Starved runs: {', '.join(f'{n}' for n in SHORT_LENGTHS)} frames per end", "",
+        f"{N_SHORT} disjoint blocks of each length from each of the {N_SETS} runs of these cases: there to "
+        "make wrong numbers", "for the audit. Refused: fewer than 20 independent frames, no number.", "",
+        "| case, frames per end | runs | refused | bias | error | stated | covered | wrong "
+        "| PASS, WARN, FAIL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in SHORT_CASES:
+        for n in SHORT_LENGTHS:
+            some = [r for r in rows if (r["case"], r["n"]) == (name, n)]
+            values = [r["bridge"] for r in some if "bridge" in r]
+            reference, error = found[name]["reference"]
+            wrong = sum(abs(v[0] - reference) > max(1.0, 3 * error) for v in values)
+            verdicts = [verdict(v[2]["gates"]) for v in values]
+            cells = row(f"{name}, {n}", values, reference).strip("| ").split(" | ")
+            lines.append(
+                " | ".join([f"| {cells[0]}", f"{len(some)}", f"{len(some) - len(values)}", *cells[1:]])
+                + f" | {wrong} | {', '.join(str(verdicts.count(v)) for v in ('PASS', 'WARN', 'FAIL'))} |"
+            )
+    return [*lines, ""]
 
 
 def interval(k: int, n: int) -> str:
@@ -435,6 +602,10 @@ def table(found: dict[str, Any]) -> list[str]:
                 f"{verdict(bridge[2]['gates'])} |"
             )
         lines.append("")
+    if "supervised" in found:
+        lines += supervised_rows(found)
+    if "short" in found and all(name in found for name in SHORT_CASES):
+        lines += short_rows(found)
     return lines + audit_table(found)
 
 

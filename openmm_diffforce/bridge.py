@@ -7,23 +7,25 @@ energy between the *noised* states, which overlap better. The work between them,
 
 is the closure: it needs the conditional law of O given y, and only its smoothness speaks where neither
 end was sampled. Here that law is one density tilted by lambda (:mod:`~openmm_diffforce.conditional`),
-given a summary m(y) (:mod:`~openmm_diffforce.summary`): any function of y is a kernel as good as y.
+given a summary m(y) (:mod:`~openmm_diffforce.summary`, or by a network :mod:`~openmm_diffforce.heads`):
+any function of y is a kernel as good as y.
 sigma -> 0 is plain BAR or MBAR, unbiased and noisy; sigma -> infinity is
 :func:`~openmm_diffforce.density.fit_operator_density`, quiet and as good as its assumption.
 
-Arrays and callables in, a result out: nothing here needs OpenMM or torch.
+Arrays and callables in, a result out: nothing here needs OpenMM, and only the network's heads need torch.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
 from scipy.stats import norm
 
+from .binned_mbar import influence_of_counts, overlap_of_two, slope_by_actions, solve_mbar
 from .closure import (
     MomentReadout,
     composite_closure,
@@ -33,15 +35,19 @@ from .closure import (
     trapezoid_closure,
     tweedie_closure,
 )
-from .conditional import N_BINS, ConditionalDensity, Fit, bin_counts
+from .conditional import N_BINS, ConditionalDensity, bin_counts
 from .density import OperatorCoordinate, OperatorDensity, coordinates_of, fit_operator_density
 from .errors import ConvergenceError, InputError
 from .estimate import MIN_OVERLAP, statistical_inefficiency
-from .summary import PairDistances, columns_of, cross_fitted_summary, fold_of
+from .summary import PairDistances, Summary, columns_of, cross_fitted_summary, fold_of
+
+if TYPE_CHECKING:
+    from .heads import Heads
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-ClosureName = Literal["density", "tweedie", "gamma"]
+ClosureName = Literal["density", "tweedie", "gamma", "heads"]
+SummaryName = Literal["splines", "heads"]
 
 N_LEVELS = 7
 """Noise levels by default."""
@@ -61,9 +67,6 @@ MAX_COORDINATES = 2
 
 LEAST_WEIGHT = 0.05
 """... with at least this probability."""
-
-LONGEST_STEP = 1e3
-"""Of Newton's method for MBAR between the noised states [kT]."""
 
 Kernel = Callable[[FloatArray, float, np.random.Generator], FloatArray]
 """(frames, sigma, generator) -> noised frames."""
@@ -112,11 +115,12 @@ class NoiseLevel:
     d_sampling : float
         From the finite number of noised frames.
     d_closure : float
-        From the posterior of the conditional density.
+        From the posterior of the conditional density; with heads, jackknife over the networks.
     d_models : float
-        From the choice of coordinate and roughness.
+        From the choice of coordinate and roughness; 0 with heads, of which there is one model.
     d_folds : float
-        Jackknife over the folds, each of which leaves its frames out of the density and of BAR.
+        Jackknife over the folds, each of which leaves its frames out of the density (the network) and
+        of BAR.
     overlap : float
         A of the noised states, the smallest of neighbours in lambda.
     ess : float
@@ -126,10 +130,11 @@ class NoiseLevel:
     normalisation, d_normalisation : float
         ln E_0[exp(-(Delta S - Delta f))], zero when work and states belong together, and its error.
     r_squared : float
-        Of the summary, for the coordinate of O that it predicts, on frames it was not fitted to.
+        Of the summary, for the coordinate of O that it predicts, on frames it was not fitted to. With
+        heads, the share of that coordinate's variance that lies between bins of the work.
     calibration : tuple of float
         Per state, mean square of the normal score of O in its predicted conditional law, on folds it
-        was not fitted to; 1 is expected.
+        was not fitted to; with heads, chi^2 of O. 1 is expected.
     folds : tuple of float
         Delta f with each fold left out [kT].
     closures : dict
@@ -187,7 +192,7 @@ class BridgeResult:
     n_frames : tuple of int
     inefficiency : tuple of float
         Statistical inefficiency of O in every state.
-    closure : str
+    closure, summary : str
     work_forward, work_reverse : numpy.ndarray
         Work between the noised ends at the chosen level, Delta S on noised frames of state 0 and
         -Delta S on those of state 1 [kT].
@@ -205,6 +210,7 @@ class BridgeResult:
     n_frames: tuple[int, ...]
     inefficiency: tuple[float, ...]
     closure: str
+    summary: str
     work_forward: FloatArray
     work_reverse: FloatArray
 
@@ -247,72 +253,6 @@ def default_levels(columns: Sequence[FloatArray], n_levels: int = N_LEVELS) -> t
     return tuple(np.geomspace(NARROWEST * low, WIDEST * high, n_levels).tolist())
 
 
-# ------------------------------------------------------------- discrete states: one per bin
-
-
-def _solve_mbar(counts: FloatArray, actions: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """f_k - f_0 and p_k(b) [N_BINS, n_states] from counts and actions of bins; BAR for two states.
-
-    Stationary: sum_b N_b p_k(b) = N_k. The negative log likelihood is convex in f; damped Newton.
-    """
-    n_k, n_b = counts.sum(axis=0), counts.sum(axis=1)
-    log_n, floor = np.log(n_k), n_k.min() * np.eye(len(n_k) - 1)
-
-    def value(f: FloatArray) -> float:
-        return float(n_b @ logsumexp(log_n + f - actions, axis=1) - n_k @ f)
-
-    f = np.average(actions, axis=0, weights=n_b)
-    now, damping = value(f), 0.0
-    for _ in range(200):
-        log_p = log_n + f - actions
-        p = np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True))
-        gradient = n_b @ p - n_k
-        step = np.zeros(len(f))
-        step[1:] = -np.linalg.solve(_curvature(counts, p) + damping * floor, gradient[1:])
-        step *= min(1.0, LONGEST_STEP / max(np.abs(step).max(), 1e-300))
-        new = value(f + step)
-        if new <= now + 1e-12 * abs(now):
-            f, now, damping = f + step, new, 0.1 * damping
-            if np.abs(step).max() < 1e-10:
-                return f - f[0], p
-        else:
-            damping = max(10.0 * damping, 1e-6)
-            if damping > 1e12:
-                break
-    raise ConvergenceError(
-        "bridge: expected BAR between the noised states to converge, found none; they do not overlap at "
-        "all: use larger noise levels, or add a window."
-    )
-
-
-def _curvature(counts: FloatArray, p: FloatArray) -> FloatArray:
-    """Second derivative by f of all states but the first. Where states do not overlap at all it would be
-    zero: a trace of their size keeps it invertible, and the errors finite and huge."""
-    n_b = counts.sum(axis=1)
-    full = np.diag(n_b @ p) - (p * n_b[:, None]).T @ p
-    return np.asarray(full[1:, 1:] + 1e-12 * counts.sum(axis=0).min() * np.eye(p.shape[1] - 1))
-
-
-def _slope(counts: FloatArray, p: FloatArray) -> FloatArray:
-    """d Delta f / d actions, shape (N_BINS, n_states): implicit differentiation of MBAR's equations."""
-    a = np.zeros(p.shape[1])
-    unit = np.zeros(p.shape[1] - 1)
-    unit[-1] = 1.0
-    a[1:] = np.linalg.solve(_curvature(counts, p), unit)
-    return np.asarray(counts.sum(axis=1)[:, None] * p * (a - (p @ a)[:, None]))
-
-
-def _influence(counts: FloatArray, p: FloatArray) -> FloatArray:
-    """First-order effect of one more frame in a bin on Delta f, up to a constant per state."""
-    return np.asarray(-np.linalg.solve(_curvature(counts, p), p[:, 1:].T)[-1])
-
-
-def _overlap(log_p: FloatArray, counts: FloatArray) -> float:
-    """A = int 2 p q/(p + q) of two states from both of them; ln p, ln q up to what they share."""
-    share = 2.0 * np.exp(log_p[:, ::-1] - np.logaddexp(*log_p.T)[:, None])
-    return float((share * counts).sum() / counts.sum())
-
-
 @dataclass
 class _Frames:
     """All states' noised copies in one row, state by state, copy by copy."""
@@ -320,6 +260,7 @@ class _Frames:
     operator: FloatArray
     state: IntArray
     frame: IntArray
+    block: IntArray  # two to a fold
     fold: IntArray
     weight: FloatArray  # independent frames that a copy stands for
 
@@ -330,23 +271,25 @@ class _Frames:
         def row(parts: list[Any]) -> Any:
             return np.concatenate([np.tile(p, n_copies) for p in parts])
 
+        block = row([fold_of(k, 2 * n_folds) for k in n])
         return cls(
             operator=row(operators),
             state=row([np.full(k, i) for i, k in enumerate(n)]),
             frame=row([np.arange(k) for k in n]),
-            fold=row([fold_of(k, n_folds) for k in n]),
+            block=block,
+            fold=block // 2,
             weight=row([np.full(k, 1.0 / (n_copies * one)) for k, one in zip(n, g, strict=True)]),
         )
 
 
 @dataclass
 class _Level:
-    """The data of a level that the bootstrap needs again."""
+    """A level, and what the result and its bootstrap need of it."""
 
-    model: ConditionalDensity
-    best: Fit
-    mu: float
-    across: float
+    row: NoiseLevel
+    work: FloatArray  # of every copy
+    again: Callable[[FloatArray], float]
+    """Weights of the copies -> Delta f."""
 
 
 def _actions(model: ConditionalDensity, c: FloatArray, closure: ClosureName) -> tuple[FloatArray, float]:
@@ -376,7 +319,7 @@ def _other_closures(
             shift = float(one.shift.max())
         ends = counts[:, [0, -1]]
         try:
-            found[name] = float(_solve_mbar(ends, np.stack([0 * one.delta, one.delta], axis=1))[0][-1])
+            found[name] = float(solve_mbar(ends, np.stack([0 * one.delta, one.delta], axis=1))[0][-1])
         except ConvergenceError:
             continue  # so far off that its noised ends do not meet: nothing to show
     return found, shift
@@ -394,14 +337,14 @@ def _error_of(influence: FloatArray, data: _Frames) -> float:
     return math.sqrt(variance)
 
 
-def _work_diagnostics(work: FloatArray, delta_f: float, data: _Frames, bins: IntArray) -> dict[str, float]:
-    """EXP both ways, effective sample size and the normalisation, from the work of the bins."""
+def _work_diagnostics(work: FloatArray, delta_f: float, data: _Frames) -> dict[str, float]:
+    """EXP both ways, effective sample size and the normalisation, from the work of the copies."""
     last = int(data.state.max())
     out = {}
     sizes = []
     for name, state, sign in (("exp_forward", 0, -1.0), ("exp_reverse", last, 1.0)):
         mine = data.state == state
-        log_w = sign * work[bins[mine]]
+        log_w = sign * work[mine]
         mean = float(logsumexp(log_w) - math.log(mine.sum()))
         out[name] = sign * mean
         share = np.exp(log_w - logsumexp(log_w))
@@ -429,30 +372,106 @@ def _inverted(bins: IntArray, data: _Frames) -> float:
     return float(bad / total)
 
 
-def _bridge_level(
+def _bins_of(m: FloatArray) -> IntArray:
+    """Bins of a summary by its rank: as many copies in each."""
+    rank = np.argsort(np.argsort(m, kind="stable"), kind="stable")
+    return np.asarray(rank * N_BINS // len(rank), dtype=np.int64)
+
+
+def _between_bins(target: FloatArray, weight: FloatArray, bins: IntArray) -> float:
+    """Share of the target's variance that lies between bins."""
+    total = np.bincount(bins, weights=weight, minlength=N_BINS)
+    mean = np.bincount(bins, weights=weight * target, minlength=N_BINS) / np.maximum(total, 1e-300)
+    rest = float((weight * (target - mean[bins]) ** 2).sum())
+    whole = float((weight * (target - np.average(target, weights=weight)) ** 2).sum())
+    return 1.0 - rest / whole if whole > 0.0 else 0.0
+
+
+def _heads_of(columns: FloatArray, data: _Frames, generator: np.random.Generator) -> "Heads":
+    from .heads import cross_fitted_heads
+
+    return cross_fitted_heads(
+        columns, data.operator, data.state, data.weight, data.block, generator=generator
+    )
+
+
+def _heads_level(sigma: float, heads: "Heads", data: _Frames, target: FloatArray, n_folds: int) -> _Level:
+    """BAR over single noised copies: the work of each by the network that did not see it."""
+    at = np.arange(len(data.state))
+
+    def bar(work: FloatArray, weight: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        counts = np.zeros((len(at), 2))
+        counts[at, data.state] = weight
+        actions = np.stack([np.zeros(len(at)), work], axis=1)
+        return (*solve_mbar(counts, actions), counts, actions)
+
+    def again(weight: FloatArray) -> float:
+        return float(bar(heads.moments.delta, weight)[0][-1])
+
+    f, p, counts, actions = bar(heads.moments.delta, data.weight)
+    delta_f = float(f[-1])
+    d_sampling = _error_of(influence_of_counts(counts, p) * counts.sum(axis=0)[data.state], data)
+    networks = [float(bar(one.delta, data.weight)[0][-1]) for one in heads.by_fold]
+    folds = [
+        float(bar(one.delta, data.weight * (data.fold != k))[0][-1]) for k, one in enumerate(heads.by_fold)
+    ]
+    d_closure, d_folds = (math.sqrt((n_folds - 1) * np.var(v)) for v in (networks, folds))
+    of = heads.moments
+    mean, variance = np.where(data.state == 0, (of.o_0, of.v_0), (of.o_1, of.v_1))
+    chi2 = (data.operator - mean) ** 2 / variance
+    bins = _bins_of(of.delta)
+    closures = {"tweedie": delta_f}  # of the heads' own moments: the same
+    for name, closure in (
+        ("gamma", gamma_closure),
+        ("hermite", hermite_closure),
+        ("trapezoid", trapezoid_closure),
+    ):
+        try:
+            closures[name] = float(bar(closure(of.o_0, of.o_1, of.v_0, of.v_1), data.weight)[0][-1])
+        except ConvergenceError:
+            continue  # so far off that its noised ends do not meet: nothing to show
+    row = NoiseLevel(
+        sigma=float(sigma),
+        delta_f=delta_f,
+        d_delta_f=max(math.hypot(d_sampling, d_closure), d_folds),
+        d_sampling=d_sampling,
+        d_closure=d_closure,
+        d_models=0.0,
+        d_folds=d_folds,
+        overlap=overlap_of_two(f - actions, counts),
+        r_squared=_between_bins(target, data.weight, bins),
+        calibration=tuple(float(chi2[data.state == k].mean()) for k in (0, 1)),
+        folds=tuple(folds),
+        closures=closures,
+        shifted=0.0,
+        inverted=_inverted(bins, data),
+        **_work_diagnostics(of.delta, delta_f, data),
+    )
+    return _Level(row, of.delta, again)
+
+
+def _density_level(
     sigma: float,
-    columns: FloatArray,
+    summary: Summary,
     data: _Frames,
     lams: FloatArray,
     coordinates: list[OperatorCoordinate],
     closure: ClosureName,
     n_folds: int,
-) -> tuple[NoiseLevel, _Level, FloatArray]:
+) -> _Level:
+    """BAR or MBAR between bins of the summary: one conditional density of O for all of them."""
     n_states = len(lams)
-    target = coordinates[0].z(data.operator)
-    summary = cross_fitted_summary(columns, target, data.weight, data.fold)
-    rank = np.argsort(np.argsort(summary.m, kind="stable"), kind="stable")
-    bins = np.asarray(rank * N_BINS // len(rank), dtype=np.int64)
+    bins = _bins_of(summary.m)
     if summary.r_squared <= 0.0:
-        bins = np.asarray(np.arange(len(rank)) % N_BINS, dtype=np.int64)  # says nothing: any bin will do
+        bins = np.asarray(np.arange(len(bins)) % N_BINS, dtype=np.int64)  # says nothing: any bin will do
     counts = bin_counts(bins, data.state, data.weight, n_states)
     rows = []
     for coordinate in coordinates:
         model = ConditionalDensity(coordinate, lams, data.operator, bins, data.state)
         for fit, mu, across in model.fits(data.weight):
             actions, _ = _actions(model, fit.c, closure)
-            f, p = _solve_mbar(counts, actions)
-            variance = model.error(fit, _slope(counts, p))
+            f, p = solve_mbar(counts, actions)
+            variance = model.error(fit, slope_by_actions(counts, p))
             rows.append((fit.evidence, float(f[-1]), variance, model, fit, mu, across))
     evidence = np.array([r[0] for r in rows])
     weight = np.exp(evidence - evidence.max())
@@ -463,9 +482,11 @@ def _bridge_level(
     d_closure = math.sqrt(float(weight @ variances))
     _, own, _, model, best, mu, across = rows[int(weight.argmax())]
     actions, shifted = _actions(model, best.c, closure)
-    f, p = _solve_mbar(counts, actions)
-    d_sampling = _error_of(_influence(counts, p)[bins] * counts.sum(axis=0)[data.state], data)
-    overlap = min(_overlap((f - actions)[:, k : k + 2], counts[:, k : k + 2]) for k in range(n_states - 1))
+    f, p = solve_mbar(counts, actions)
+    d_sampling = _error_of(influence_of_counts(counts, p)[bins] * counts.sum(axis=0)[data.state], data)
+    overlap = min(
+        overlap_of_two((f - actions)[:, k : k + 2], counts[:, k : k + 2]) for k in range(n_states - 1)
+    )
     closures, shift = _other_closures(model, best.c, counts)
     # Each fold left out of the density and of BAR; its frames are judged by that density.
     folds, score = [], np.full(len(bins), np.nan)
@@ -475,12 +496,12 @@ def _bridge_level(
         out = np.flatnonzero(data.fold == k)
         score[out] = model.quantile(fit.c, out)
         less = bin_counts(bins, data.state, kept, n_states)
-        folds.append(float(_solve_mbar(less, _actions(model, fit.c, closure)[0])[0][-1]))
+        folds.append(float(solve_mbar(less, _actions(model, fit.c, closure)[0])[0][-1]))
     normal = norm.ppf(np.clip(score, 1e-6, 1 - 1e-6)) ** 2
     calibration = tuple(float(normal[data.state == k].mean()) for k in range(n_states))
     d_folds = math.sqrt((n_folds - 1) * np.var(folds))
     d = math.sqrt(d_sampling**2 + d_closure**2 + d_models**2)
-    level = NoiseLevel(
+    row = NoiseLevel(
         sigma=float(sigma),
         delta_f=delta_f,
         d_delta_f=max(d, d_folds),
@@ -495,20 +516,22 @@ def _bridge_level(
         closures={"density": own, **closures} if closure == "density" else closures,
         shifted=max(shift, shifted),
         inverted=_inverted(bins, data),
-        **_work_diagnostics(actions[:, -1], own, data, bins),
+        **_work_diagnostics(actions[bins, -1], own, data),
     )
-    return level, _Level(model, best, mu, across), actions[:, -1]
+
+    def again(weight: FloatArray) -> float:
+        fit = model.fit(weight, mu, across, best.c)
+        drawn = bin_counts(bins, data.state, weight, n_states)
+        return float(solve_mbar(drawn, _actions(model, fit.c, closure)[0])[0][-1])
+
+    return _Level(row, actions[bins, -1], again)
 
 
 def _bootstrap(
-    level: _Level,
-    data: _Frames,
-    closure: ClosureName,
-    g: tuple[float, ...],
-    n: int,
-    generator: np.random.Generator,
+    level: _Level, data: _Frames, g: tuple[float, ...], n: int, generator: np.random.Generator
 ) -> float:
-    """Standard deviation of Delta f over resampled contiguous blocks of frames; curves are refitted."""
+    """Standard deviation of Delta f over resampled contiguous blocks of frames; curves are refitted,
+    networks are not."""
     found = []
     for _ in range(n):
         times = np.zeros(len(data.state))
@@ -519,10 +542,7 @@ def _bootstrap(
             first = generator.integers(n_frames, size=-(-n_frames // block))
             drawn = (first[:, None] + np.arange(block)).ravel()[:n_frames] % n_frames
             times[mine] = np.bincount(drawn, minlength=n_frames)[data.frame[mine]]
-        weight = data.weight * times
-        fit = level.model.fit(weight, level.mu, level.across, level.best.c)
-        counts = bin_counts(level.model.bins, data.state, weight, len(g))
-        found.append(_solve_mbar(counts, _actions(level.model, fit.c, closure)[0])[0][-1])
+        found.append(level.again(data.weight * times))
     return float(np.std(found, ddof=1))
 
 
@@ -567,6 +587,7 @@ def noisy_operator_bridge(
     features: Callable[[Any], Any] | None = None,
     sigmas: Sequence[float] | None = None,
     closure: ClosureName = "density",
+    summary: SummaryName = "splines",
     inefficiency: Sequence[float] | None = None,
     n_copies: int = N_COPIES,
     n_folds: int = N_FOLDS,
@@ -588,7 +609,7 @@ def noisy_operator_bridge(
     x, O        ``frames[k]``, ``operators[k]``
     lambda      ``lams[k]``
     y           ``kernel(x, sigma, generator)``
-    m(y)        ``summary.cross_fitted_summary``
+    m(y)        ``summary.cross_fitted_summary``, or the work of ``heads.cross_fitted_heads``
     a_b(z)      ``conditional.ConditionalDensity``
     Delta S     ``work_forward`` on noised frames of 0
     ==========  =======================================
@@ -615,7 +636,14 @@ def noisy_operator_bridge(
         Noise levels > 0; by default from the fluctuations of the columns.
     closure : str
         "density": one conditional density tilted by lambda. "tweedie", "gamma": its moments at the
-        states, closed between them (:mod:`~openmm_diffforce.closure`).
+        states, closed between them (:mod:`~openmm_diffforce.closure`). "heads": no density, the work of
+        every noised frame by a cross-fitted network (:mod:`~openmm_diffforce.heads`), and BAR over
+        frames; for two end states. It knows two moments of O: where O has a heavy tail, as a steric
+        operator has, it is off by kT.
+    summary : str
+        What a noised frame is reduced to. "splines": linear in splines of the columns. "heads": the
+        work that the network of ``closure="heads"`` finds, of which only the order counts here; for
+        two end states.
     inefficiency : sequence of float, optional
         Statistical inefficiencies g >= 1; pymbar's of O by default.
     n_copies : int
@@ -663,8 +691,13 @@ def noisy_operator_bridge(
     x, o = _check(frames, operators, lams)
     if not isinstance(generator, np.random.Generator):
         raise InputError(f"generator: expected numpy.random.Generator, found {type(generator).__name__}.")
-    if closure not in ("density", "tweedie", "gamma"):
-        raise InputError(f"closure: expected density, tweedie or gamma, found {closure!r}.")
+    for name, choice, known in (("closure", closure, ClosureName), ("summary", summary, SummaryName)):
+        if choice not in get_args(known):
+            *some, last = get_args(known)
+            raise InputError(f"{name}: expected {', '.join(some)} or {last}, found {choice!r}.")
+    by_network = "heads" in (closure, summary)
+    if by_network and len(lams) != 2:
+        raise InputError(f"heads: expected two end states, found {len(lams)} states; use the defaults.")
     for name, number, least in (
         ("n_copies", n_copies, 1),
         ("n_folds", n_folds, 2),
@@ -697,33 +730,40 @@ def noisy_operator_bridge(
     coordinates = [by_name[n] for i, (n, w) in enumerate(ranked) if i == 0 or w >= LEAST_WEIGHT]
     data = _Frames.of(o, g, n_copies, n_folds)
     readout = moment_readout(o[0], o[-1], generator=generator, block=math.ceil(max(g[0], g[-1])))
-    found: list[tuple[NoiseLevel, _Level, FloatArray]] = []
+    target = coordinates[0].z(data.operator)
+    found: list[_Level] = []
     for i, sigma in enumerate(levels):
         y = np.concatenate(
             [kernel(np.tile(one, (n_copies, *[1] * (one.ndim - 1))), sigma, generator) for one in x]
         )
         columns = columns_of(features, y)
         try:
-            found.append(_bridge_level(sigma, columns, data, lam, coordinates, closure, n_folds))
+            if by_network:
+                heads = _heads_of(columns, data, generator)
+                work = heads.moments.delta
+                said = Summary(work, _between_bins(target, data.weight, _bins_of(work)), math.nan)
+            else:
+                said = cross_fitted_summary(columns, target, data.weight, data.fold)
+            if closure == "heads":
+                found.append(_heads_level(sigma, heads, data, target, n_folds))
+            else:
+                found.append(_density_level(sigma, said, data, lam, coordinates, closure, n_folds))
         except ConvergenceError:
             if i + 1 == len(levels) and not found:
                 raise  # no level joins the states
         if progress is not None:
             progress(i + 1, len(levels))
-    rows = tuple(f[0] for f in found)
+    rows = tuple(f.row for f in found)
     # A level whose noised ends overlap less than BAR asks for is not chosen.
     open_to_choice = [i for i, r in enumerate(rows) if r.overlap >= MIN_OVERLAP] or list(range(len(rows)))
     chosen = min(open_to_choice, key=lambda i: rows[i].d_delta_f)
-    level, kept, work = found[chosen]
-    d_bootstrap = math.nan
-    if n_bootstrap:
-        d_bootstrap = _bootstrap(kept, data, closure, g, n_bootstrap, generator)
+    level, work = found[chosen].row, found[chosen].work
+    d_bootstrap = _bootstrap(found[chosen], data, g, n_bootstrap, generator) if n_bootstrap else math.nan
     near = [
         r.delta_f
         for i, r in enumerate(rows)
         if abs(i - chosen) <= 1 or level.sigma / 2 <= r.sigma <= level.sigma * 2
     ]
-    bins = kept.model.bins
     return BridgeResult(
         delta_f=level.delta_f,
         d_delta_f=max(level.d_delta_f, d_bootstrap) if n_bootstrap else level.d_delta_f,
@@ -737,6 +777,7 @@ def noisy_operator_bridge(
         n_frames=tuple(len(v) for v in o),
         inefficiency=g,
         closure=closure,
-        work_forward=work[bins[data.state == 0]],
-        work_reverse=-work[bins[data.state == len(lam) - 1]],
+        summary=summary,
+        work_forward=work[data.state == 0],
+        work_reverse=-work[data.state == len(lam) - 1],
     )

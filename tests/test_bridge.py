@@ -6,17 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from openmm_diffforce.bridge import (
-    GaussianKernel,
-    _influence,
-    _slope,
-    _solve_mbar,
-    default_levels,
-    noisy_operator_bridge,
-)
-from openmm_diffforce.conditional import N_BINS
+from openmm_diffforce.bridge import GaussianKernel, default_levels, noisy_operator_bridge
 from openmm_diffforce.errors import ConvergenceError, InputError
-from openmm_diffforce.estimate import _fit_mbar, bar_between
+from openmm_diffforce.estimate import bar_between
 
 ONES = (1.0, 1.0)
 State = tuple[list[np.ndarray], list[np.ndarray], float]
@@ -194,58 +186,6 @@ def test_levels_come_from_within_the_states() -> None:
     assert np.allclose(near, far, rtol=1e-9)
 
 
-# ------------------------------------------------------------- discrete states against pymbar
-
-
-def discrete(n_states: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Actions of bins, and frames drawn from their states."""
-    generator = np.random.default_rng(seed)
-    actions = np.concatenate(
-        [np.zeros((N_BINS, 1)), np.cumsum(generator.normal(1.0, 1.0, (N_BINS, n_states - 1)), axis=1)], axis=1
-    )
-    p = np.exp(-actions) / np.exp(-actions).sum(axis=0)
-    counts = np.stack([generator.multinomial(1000 + 300 * k, p[:, k]) for k in range(n_states)], axis=1)
-    return counts.astype(float), actions
-
-
-@pytest.mark.parametrize("n_states", [2, 4])
-def test_mbar_between_bins_is_pymbar(n_states: int) -> None:
-    counts, actions = discrete(n_states)
-    rows = np.concatenate([np.repeat(np.arange(N_BINS), counts[:, k].astype(int)) for k in range(n_states)])
-    mbar = _fit_mbar(actions[rows].T, counts.sum(axis=0).astype(int))
-    found = mbar.compute_free_energy_differences()
-    f, p = _solve_mbar(counts, actions)
-    assert np.allclose(f, found["Delta_f"][0], atol=1e-6)
-    assert np.allclose(counts.sum(axis=1) @ p, counts.sum(axis=0))
-    # pymbar's error is that of the influences of all frames.
-    influence = _influence(counts, p)
-    variance = sum(
-        float(counts[:, k] @ (influence - np.average(influence, weights=counts[:, k])) ** 2)
-        for k in range(n_states)
-    )
-    assert np.sqrt(variance) == pytest.approx(found["dDelta_f"][0, -1], rel=0.1)
-
-
-@pytest.mark.parametrize("n_states", [2, 4])
-def test_derivatives_of_mbar(n_states: int) -> None:
-    counts, actions = discrete(n_states, seed=1)
-    f, p = _solve_mbar(counts, actions)
-    slope, influence = _slope(counts, p), _influence(counts, p)
-    step = 1e-5
-    for b, k in ((3, 0), (11, n_states - 1), (7, 1)):
-        moved = [actions.copy(), actions.copy()]
-        moved[0][b, k] += step
-        moved[1][b, k] -= step
-        up, down = (_solve_mbar(counts, m)[0][-1] for m in moved)
-        assert slope[b, k] == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-6)
-    # One more frame of the same state in bin 3 instead of bin 11.
-    more = counts.copy()
-    more[3, 0] += step
-    more[11, 0] -= step
-    change = (_solve_mbar(more, actions)[0][-1] - f[-1]) / step
-    assert change == pytest.approx(influence[3] - influence[11], rel=1e-3, abs=1e-7)
-
-
 # ------------------------------------------------------------------------------------- the door
 
 
@@ -268,7 +208,7 @@ def good() -> dict:
         ({"lams": (0.0, 0.5)}, "expected the end states 0 and 1"),
         ({"lams": (1.0, 0.0)}, "strictly increase"),
         ({"generator": 7}, "expected numpy.random.Generator, found int"),
-        ({"closure": "best"}, "expected density, tweedie or gamma, found 'best'"),
+        ({"closure": "best"}, "expected density, tweedie, gamma or heads, found 'best'"),
         ({"n_folds": 1}, "n_folds: expected an integer of at least 2, found 1"),
         ({"n_copies": 0}, "n_copies"),
         ({"n_bootstrap": -1}, "n_bootstrap"),

@@ -54,6 +54,8 @@ FLOORS: dict[str, float] = {
     "density": 6.1,
     "conditional": 6.2,
     "labels": 6.1,
+    "heads": 6.1,
+    "binned_mbar": 6.25,
     "bridge": 6.3,
     "posterior_work": 6.3,
     "posterior_bridge": 6.4,
