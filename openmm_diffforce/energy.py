@@ -242,14 +242,16 @@ def _flow(
     stages = {"heun": (0.0, 1.0), "rk4": (0.0, 0.5, 0.5, 1.0)}[solver]
     weights = {"heun": (0.5, 0.5), "rk4": (1 / 6, 1 / 3, 1 / 3, 1 / 6)}[solver]
     y, total, truncation = x * grid.alpha[0], 0.0, None
+    halves = np.empty(2 * len(grid.t) - 1)
+    halves[::2], halves[1::2] = grid.t, 0.5 * (grid.t[1:] + grid.t[:-1])
+    inside = TimeGrid.of(grid.schedule, halves)
     for k in range(len(grid.t) - 1):
-        h = grid.t[k + 1] - grid.t[k]
-        inside = TimeGrid.of(grid.schedule, grid.t[k] + np.array([0.0, 0.5, 1.0]) * h)
+        h = float(grid.t[k + 1] - grid.t[k])
         slope = torch.zeros_like(y)
         step, gain = torch.zeros_like(y), 0.0
         for where, weight in zip(stages, weights, strict=True):
-            i = int(2 * where)
-            f, g2 = inside.drift[i], inside.diffusion_2[i]
+            i = 2 * k + int(2 * where)
+            f, g2 = float(inside.drift[i]), float(inside.diffusion_2[i])
             s, div = space.with_divergence(y + where * h * slope, float(inside.t[i]), probes)
             if truncation is None:
                 truncation = _truncation(space, grid, s, div)

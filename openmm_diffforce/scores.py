@@ -35,6 +35,9 @@ GRIDS = ("quadratic", "linear", "log", "karras")
 KARRAS_RHO = 7.0
 """Exponent of the grid of T. Karras et al., 2022, arXiv:2206.00364."""
 
+ROWS_AT_ONCE = 2048
+"""Rows, copies among them, that a divergence puts into one call of the score."""
+
 CHUNK = 32
 """Steps for which noise is drawn at once: the noise of a row depends on no other row."""
 
@@ -379,7 +382,6 @@ class ScoreSpace:
             raise InputError(
                 f"score: expected a tensor of shape {(len(y), *self.shape)}, that of y, found {found}."
             )
-        self.n_score += len(y)
         if not bool(torch.isfinite(out).all()):
             row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])
             advice = (
@@ -393,6 +395,7 @@ class ScoreSpace:
 
     def at(self, y: Tensor, t: float) -> Tensor:
         """Score [n, size] at rows y."""
+        self.n_score += len(y)
         with torch.enable_grad():  # an energy network takes its own derivative
             return self._raw(y.detach(), t).detach()
 
@@ -404,35 +407,48 @@ class ScoreSpace:
         else:
             directions = probes.transpose(0, 1)
         columns = []
-        if hasattr(self.score, "product") or self.difference is not None:
-            s = self.at(y, t)
-            for v in directions:
-                v = self.project(v)
-                columns.append((v * self._product(y, t, v)).sum(1))
-        else:
-            with torch.enable_grad():
-                at = y.detach().requires_grad_(True)
-                graph = self._raw(at, t)
-                if not graph.requires_grad:
-                    raise InputError(
-                        "score: expected a function that autograd can differentiate, found one that it "
-                        "cannot; pass difference (a displacement in nm) for central differences, or use "
-                        "method='backward_ito', which needs no divergence."
-                    )
-                last = len(directions) - 1
-                for k, v in enumerate(directions):
+        # Few rows are repeated, one copy a direction: a network is called once, not size times.
+        n_copies = max(1, min(len(directions), ROWS_AT_ONCE // n))
+        explicit = hasattr(self.score, "product") or self.difference is not None
+        s = self.at(y, t) if explicit else None
+        graph = at = None
+        for low in range(0, len(directions), n_copies):
+            v = self.project(directions[low : low + n_copies])
+            copies = len(v)
+            rows, v = y.repeat(copies, 1), v.reshape(copies * n, size)
+            self.n_products += len(v)
+            if explicit:
+                pull: Any = self._product(rows, t, v)
+            else:
+                with torch.enable_grad():
+                    if graph is None or n_copies > 1:
+                        at = rows.detach().requires_grad_(True)
+                        graph = self._differentiable(at, t)
+                        if s is None:
+                            s = graph[:n].detach()
+                            self.n_score += n
                     (pull,) = torch.autograd.grad(
-                        (graph * v).sum(), at, retain_graph=k < last, allow_unused=True
+                        (graph * v).sum(), at, retain_graph=n_copies == 1, allow_unused=True
                     )
-                    self.n_products += n
-                    columns.append(torch.zeros(n, dtype=torch.float64) if pull is None else (pull * v).sum(1))
-                s = graph.detach()
-        found = torch.stack(columns, dim=1).detach()
+            if pull is None:  # the score does not depend on y
+                pull = torch.zeros_like(v)
+            columns.append((pull * v).sum(1).detach().reshape(copies, n))
+        assert s is not None
+        found = torch.cat(columns).transpose(0, 1)
         return s, found.sum(1, keepdim=True) if probes is None else found
+
+    def _differentiable(self, y: Tensor, t: float) -> Tensor:
+        graph = self._raw(y, t)
+        if not graph.requires_grad:
+            raise InputError(
+                "score: expected a function that autograd can differentiate, found one that it cannot; "
+                "pass difference (a displacement in nm) for central differences, or use "
+                "method='backward_ito', which needs no divergence."
+            )
+        return graph
 
     def _product(self, y: Tensor, t: float, v: Tensor) -> Tensor:
         """Jacobian times v [n, size] by the score's own method, or by central differences."""
-        self.n_products += len(y)
         if self.difference is not None:
             h = self.difference
             return (self.at(y + h * v, t) - self.at(y - h * v, t)) / (2.0 * h)
