@@ -43,7 +43,8 @@ import numpy as np
 import torch
 from openmm import unit
 
-from .errors import InputError
+from .errors import InputError, ModelError, NotConservativeError
+from .models.action import model_fields
 from .record import atomic_path
 from .schedule import NoiseSchedule
 from .scores import (
@@ -56,12 +57,15 @@ from .scores import (
     check_array,
     check_choice,
     check_count,
+    check_number,
     check_prior,
     check_rows,
     log_prior,
+    matched_prior,
     prior_axes,
     prior_mean,
     prior_vectors,
+    score_of,
     score_space,
     time_nodes,
 )
@@ -78,6 +82,9 @@ PATHS = ("noising", "mean", "flow", "brownian")
 
 N_STEPS = {"flow": 40, "stratonovich": 400, "ito": 1000, "backward_ito": 1000, "mmse": 200}
 """Steps if none are asked for."""
+
+MIN_NOISE = 2.0
+"""Largest noise of a model, in units of the molecule's spread, below which p_T is no Gaussian."""
 
 SOLVERS = {"heun": (2, 2), "rk4": (4, 4)}
 """Order, and score evaluations in a step."""
@@ -241,14 +248,15 @@ def _flow(
     d = space.n_dim
     stages = {"heun": (0.0, 1.0), "rk4": (0.0, 0.5, 0.5, 1.0)}[solver]
     weights = {"heun": (0.5, 0.5), "rk4": (1 / 6, 1 / 3, 1 / 3, 1 / 6)}[solver]
-    y, total, truncation = x * grid.alpha[0], 0.0, None
+    y, truncation = x * grid.alpha[0], None
+    total: Any = 0.0
     halves = np.empty(2 * len(grid.t) - 1)
     halves[::2], halves[1::2] = grid.t, 0.5 * (grid.t[1:] + grid.t[:-1])
     inside = TimeGrid.of(grid.schedule, halves)
     for k in range(len(grid.t) - 1):
         h = float(grid.t[k + 1] - grid.t[k])
         slope = torch.zeros_like(y)
-        step, gain = torch.zeros_like(y), 0.0
+        step, gain = torch.zeros_like(y), torch.zeros(1, dtype=torch.float64)
         for where, weight in zip(stages, weights, strict=True):
             i = 2 * k + int(2 * where)
             f, g2 = float(inside.drift[i]), float(inside.diffusion_2[i])
@@ -659,6 +667,116 @@ def _path(path: Any, frames: FloatArray, grid: TimeGrid, space: ScoreSpace) -> t
     if not torch.allclose(rows[:, 0], first, rtol=1e-6, atol=1e-9):
         raise InputError("path: expected it to begin at alpha x of every frame, found another start.")
     return "given", rows
+
+
+def action_energy(model: Any, x: Any, *, lam: float = 0.0) -> EnergyResult:
+    """The model's own clean action S(x, t = 0, lam) of frames, as a result: -ln p_0 up to a constant.
+
+    Parameters
+    ----------
+    model : ActionModel, TorchScript of one, or Artefact
+    x : array_like or Quantity, shape (n_frames, n_atoms, 3)
+        Frames [nm].
+    lam : float
+
+    Returns
+    -------
+    EnergyResult
+        ``log_density`` is -S, not normalised; nothing is drawn, and nothing errs but the model.
+
+    Raises
+    ------
+    NotConservativeError
+        If the model is a bare score, which has no action.
+    InputError, ModelError
+        For frames that are none, or an action that is not finite.
+    """
+    frames = check_rows(x)
+    if frames.ndim != 3:
+        raise InputError(f"x: expected shape (n_frames, n_atoms, 3), found {frames.shape}.")
+    model = model.model if hasattr(model, "metadata") else model
+    if not bool(getattr(model, "conservative", True)):
+        raise NotConservativeError(
+            "model: expected one with an action, found a bare score; learned_energy integrates it "
+            "(method flow)."
+        )
+    try:
+        action = model_fields(model, frames, lam=check_number("lam", lam))[0]
+    except RuntimeError as err:  # the atoms of another molecule, in TorchScript
+        raise InputError(
+            f"x: expected frames of the model's molecule, found {frames.shape[1]} atoms that it cannot take "
+            f"({str(err).strip().splitlines()[-1]:.200})."
+        ) from err
+    if not np.isfinite(action).all():
+        raise ModelError("model: expected finite actions, found others; the frames are outside its range.")
+    nothing = np.zeros(len(frames))
+    return EnergyResult(
+        log_density=-action, standard_error=nothing, discretisation=nothing, truncation=nothing,
+        method="action", n_dim=3 * frames.shape[1] - 3, n_steps=0, n_paths=1, sigma_min=0.0, sigma_max=0.0,
+        extrapolated=False, n_score=len(frames), n_products=0,
+    )  # fmt: skip
+
+
+def energies_of_model(
+    artefact: Any, x: Any, *, method: str = "flow", n_steps: int | None = None, n_paths: int | None = None,
+    n_probes: int | None = None, sigma_min: Any = 0.0, prior_frames: Any = None, lam: float = 0.0,
+    seed: int = 0, insist: bool = False, progress: Progress | None = None,
+) -> EnergyResult:  # fmt: skip
+    """:func:`learned_energy` of frames under an artefact, with its schedule and a matched prior.
+
+    Parameters
+    ----------
+    artefact : Artefact
+    x : array_like or Quantity, shape (n_frames, n_atoms, 3)
+        Frames [nm].
+    method, n_steps, sigma_min, progress
+        As in :func:`learned_energy`.
+    n_paths : int, optional
+        By default 8 where paths are drawn, else 1.
+    n_probes : int, optional
+        Hutchinson probes; by default the divergence is exact.
+    prior_frames : array_like, optional
+        Frames whose moments the prior has; by default x, if there are two or more.
+    lam : float
+    seed : int
+    insist : bool
+        Go on where the noise ends before the molecule is forgotten.
+
+    Returns
+    -------
+    EnergyResult
+
+    Raises
+    ------
+    InputError
+        If the largest noise is below :data:`MIN_NOISE` times the largest spread of the frames: p_T is then
+        no Gaussian, and its error would be that of the answer. As :func:`learned_energy` otherwise.
+    """
+    frames = check_rows(x)
+    if frames.ndim != 3:
+        raise InputError(f"x: expected shape (n_frames, n_atoms, 3), found {frames.shape}.")
+    moments = frames if prior_frames is None else prior_frames
+    if len(moments) < 2:
+        raise InputError("prior: expected two frames or more for its moments, found one; pass prior_frames.")
+    prior = matched_prior(moments)
+    if prior.mean.shape != (frames[0].size,):
+        raise InputError(f"prior: expected frames of {frames.shape[1]} atoms, found another number.")
+    schedule = artefact.schedule
+    top, spread = float(schedule.noise_to_signal(1.0)), math.sqrt(np.linalg.eigvalsh(prior.covariance)[-1])
+    if top < MIN_NOISE * spread and not insist:
+        raise InputError(
+            f"model: expected noise up to {MIN_NOISE:g} times the spread of the molecule ({spread:.3g} nm), "
+            f"where it has become a Gaussian, found a schedule that ends at {top:.3g} nm; method 'action' "
+            "needs no noise, or insist."
+        )
+    drawn = method in ("stratonovich", "ito", "backward_ito", "mmse")
+    return learned_energy(
+        score_of(artefact, lam=lam), frames, schedule, method=method, n_steps=n_steps,
+        n_paths=(8 if drawn else 1) if n_paths is None else n_paths, sigma_min=sigma_min, prior=prior,
+        divergence="exact" if n_probes is None else "hutchinson",
+        n_probes=2 if n_probes is None else n_probes, generator=np.random.default_rng(seed),
+        progress=progress,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

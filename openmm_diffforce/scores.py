@@ -400,18 +400,29 @@ class ScoreSpace:
             return self._raw(y.detach(), t).detach()
 
     def with_divergence(self, y: Tensor, t: float, probes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Score [n, size], and its divergence [n, n_probes] (one column if exact)."""
+        """Score [n, size], and its divergence [n, n_probes] (one column if exact).
+
+        A score may bring its own: ``score.divergence(y, t)`` [n], exact, and ``score.product(y, t, v)``, its
+        Jacobian times v. In the mean-free subspace a divergence of its own must be that of a score which
+        translations leave alone.
+        """
         n, size = y.shape
         if probes is None:
             directions = torch.eye(size, dtype=torch.float64)[:, None].expand(size, n, size)
         else:
             directions = probes.transpose(0, 1)
+        if probes is None and hasattr(self.score, "divergence"):
+            times = torch.full((n,), t, dtype=self.dtype)
+            at_once = self.score.divergence(self.project(y).reshape(-1, *self.shape).to(self.dtype), times)
+            self.n_products += n * self.n_dim
+            return self.at(y, t), at_once.detach().to(torch.float64).reshape(n, 1)
         columns = []
         # Few rows are repeated, one copy a direction: a network is called once, not size times.
         n_copies = max(1, min(len(directions), ROWS_AT_ONCE // n))
         explicit = hasattr(self.score, "product") or self.difference is not None
         s = self.at(y, t) if explicit else None
-        graph = at = None
+        graph: Any = None
+        at: Any = None
         for low in range(0, len(directions), n_copies):
             v = self.project(directions[low : low + n_copies])
             copies = len(v)

@@ -4,17 +4,20 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from openmm import unit
 
-from openmm_diffforce.energy import (
-    EnergyResult,
-    learned_energy,
-    sample_with_energy,
-)
+from openmm_diffforce.energy import METHODS, EnergyResult, learned_energy, sample_with_energy
+from openmm_diffforce.errors import InputError, ModelError, UnitsError
+from openmm_diffforce.models.action import ActionModel, AutogradAction, model_fields
 from openmm_diffforce.schedule import VESchedule, VPSchedule
-from openmm_diffforce.scores import GaussianPrior, matched_prior, noise_grid
+from openmm_diffforce.scores import GRIDS, GaussianPrior, matched_prior, noise_grid, score_of
 from openmm_diffforce.testing import GaussianMixture
+from openmm_diffforce.units import thermal_energy
+
+from . import tiny
 
 SCHEDULES: dict[str, Any] = {"VE": VESchedule(10.0), "VP": VPSchedule(length=1.0)}
 MIXTURE = GaussianMixture([[-1.0], [1.2]], [[[0.04]], [[0.16]]], weights=[0.3, 0.7])
@@ -363,3 +366,291 @@ def test_truncation_says_what_lies_below_sigma_min() -> None:
     clean = np.log(float(vp.alpha(vp.t_of_sigma(0.04))))
     np.testing.assert_allclose(-error - clean, found.truncation, atol=2e-3 + 0.1 * np.abs(error).max())
     assert not solve(MIXTURE, X, schedule, n_steps=10)[0].truncation.any()
+
+
+# --------------------------------------------------------------------------- models, tables
+
+
+def test_scores_of_models() -> None:
+    model = tiny.model()
+    x = tiny.frames()[0][:2]
+    score = score_of(model)
+    y, t = torch.as_tensor(x), torch.full((2,), 0.3, dtype=torch.float64)
+    _, gradient, _ = model_fields(model, x, t=0.3)
+    np.testing.assert_allclose(score(y, t).numpy(), -gradient, rtol=1e-12)
+    v = torch.as_tensor(rng(15).standard_normal(x.shape))
+    moved = (score(y + 1e-6 * v, t) - score(y - 1e-6 * v, t)) / 2e-6
+    exact = score.product(y, t, v)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(exact, moved, atol=1e-4 * float(exact.abs().max()))
+    # A model without Hessian products is differentiated by differences; one that needs autograd, by it.
+    bare = score_of(Springs())
+    assert float((bare.product(y, t, v) - SPRING.score(y, t, v)).abs().max()) < 1e-5  # type: ignore[attr-defined]
+    twice = score_of(AutogradAction(SpringModule()))
+    at = y.clone().requires_grad_(True)
+    (pull,) = torch.autograd.grad((twice(at, t) * v).sum(), at)
+    np.testing.assert_allclose(pull, SPRING.score(y, t, v), atol=1e-9)
+    single = score_of(AutogradAction(SpringModule().float()))(y, t)
+    assert single.dtype == torch.float64
+    np.testing.assert_allclose(single, SPRING.score(y, t, y), rtol=1e-5)
+    with pytest.raises(InputError, match="expected a model of this package"):
+        score_of(lambda y, t: y)
+    with pytest.raises(InputError, match="step: expected a finite number above 0"):
+        score_of(model, step=0.0)
+
+
+class SpringModule(torch.nn.Module):
+    """S = 50 |y - its mean|^2: a Gaussian in the mean-free subspace at any noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = torch.nn.Parameter(torch.tensor(50.0, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        return self.k * ((x - x.mean(1, keepdim=True)) ** 2).sum((1, 2))
+
+
+class Springs(ActionModel):
+    def forward(self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        return 50.0 * ((x - x.mean(1, keepdim=True)) ** 2).sum((1, 2))
+
+
+class SPRING:
+    @staticmethod
+    def score(y: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return -100.0 * (v - v.mean(1, keepdim=True))
+
+
+def test_a_score_with_a_divergence_of_its_own() -> None:
+    class Own:
+        def __init__(self) -> None:
+            self.inner = GAUSSIAN.score(SCHEDULES["VE"])
+
+        def __call__(self, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.inner(y, t).detach()
+
+        def divergence(self, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            spread = torch.as_tensor(np.linalg.eigvalsh(GAUSSIAN.covariances[0]))
+            return -(1 / (spread + (10.0 * t**2)[:, None] ** 2)).sum(1)
+
+    with_it = learned_energy(Own(), PLANE, SCHEDULES["VE"], prior=GAUSSIAN.prior())
+    by_autograd, _ = solve(GAUSSIAN, PLANE, SCHEDULES["VE"])
+    np.testing.assert_allclose(with_it.log_density, by_autograd.log_density, atol=1e-9)
+
+
+def result(**changes: Any) -> EnergyResult:
+    values = {
+        "log_density": np.array([1.0, 2.0, -1.0]), "standard_error": np.array([0.1, 0.2, 0.3]),
+        "discretisation": np.array([0.01, -0.02, np.nan]), "truncation": np.zeros(3), "method": "flow",
+        "n_dim": 3, "n_steps": 4, "n_paths": 1, "sigma_min": 0.0, "sigma_max": 1.0, "extrapolated": False,
+        "n_score": 7, "n_products": 8,
+    }  # fmt: skip
+    return EnergyResult(**{**values, **changes})
+
+
+def test_units_and_reference_frames() -> None:
+    one = result()
+    np.testing.assert_allclose(one.energies(), [-1, -2, 1])
+    np.testing.assert_allclose(one.energies(reference=1), [1, 0, 3])
+    np.testing.assert_allclose(one.energies(reference=-1), [-2, -3, 0])
+    kt = thermal_energy(310.0)
+    np.testing.assert_allclose(one.energies(temperature=310.0 * unit.kelvin, reference=1), [kt, 0, 3 * kt])
+    for reference in (3, -4, 0.0, True, "0"):
+        with pytest.raises(InputError, match="reference: expected"):
+            one.energies(reference=reference)  # type: ignore[arg-type]
+    for temperature in (0.0, -1.0, float("nan"), 1.0 * unit.nanometer, "warm"):
+        with pytest.raises(UnitsError):
+            one.energies(temperature=temperature)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_tables_on_disk(tmp_path: Any, ending: str) -> None:
+    one = result()
+    path = one.write(tmp_path / f"table{ending}", temperature=300.0, reference=0)
+    back = pd.read_csv(path, index_col="frame") if ending == ".csv" else pd.read_parquet(path)
+    pd.testing.assert_frame_equal(back, one.to_frame(temperature=300.0, reference=0), check_index_type=False)
+    assert list(back) == [
+        "log_density", "energy_kT", "energy_kJ_mol", "standard_error_kT", "discretisation_kT",
+        "truncation_kT",
+    ]  # fmt: skip
+    np.testing.assert_allclose(back["energy_kT"], [0, -1, 2])
+    assert back["discretisation_kT"].iloc[0] == -0.01  # of the energy
+    if ending == ".parquet":
+        assert back.attrs["temperature"] == 300.0
+        assert back.attrs["method"] == "flow"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(InputError, match=r"ends in \.csv or \.parquet"):
+        one.write(tmp_path / "table.xlsx")
+
+
+def test_progress_ends_at_its_total() -> None:
+    for method in METHODS:
+        seen: list[tuple[int, int]] = []
+        solve(
+            GAUSSIAN, PLANE, SCHEDULES["VE"], method=method, n_steps=4, generator=rng(), batch_size=2,
+            progress=lambda *a, seen=seen: seen.append(a),
+        )  # fmt: skip
+        assert seen[-1][0] == seen[-1][1]
+        assert all(a <= b for a, b in seen)
+        assert [a for a, _ in seen] == sorted(a for a, _ in seen)
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+GOOD: dict[str, Any] = {"x": PLANE, "schedule": VESchedule(10.0), "generator": rng()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": np.zeros((0, 2))}, "x: expected shape"),
+        ({"x": np.zeros(3)}, "x: expected shape"),
+        ({"x": np.zeros((2, 3, 2))}, "x: expected shape"),
+        ({"x": [[np.nan, 0.0]]}, "x: expected finite numbers"),
+        ({"x": [["a", "b"]]}, "x: expected an array of real numbers"),
+        ({"x": np.zeros((2, 1, 3))}, "mean_free: expected"),
+        ({"mean_free": True}, "mean_free: expected"),
+        ({"score": 3.0}, "score: expected a callable"),
+        ({"score": lambda y, t: y[:, :1]}, "score: expected a tensor of shape"),
+        ({"score": lambda y, t: y.detach().numpy()}, "score: expected a tensor of shape"),
+        ({"score": lambda y, t: -y.detach()}, "that autograd can differentiate"),
+        ({"schedule": "VE"}, "schedule: expected VESchedule"),
+        ({"method": "magic"}, "method: expected one of flow"),
+        ({"solver": "euler"}, "solver: expected one of heun"),
+        ({"n_steps": 5}, "n_steps: expected an even number"),
+        ({"n_steps": 0}, "n_steps: expected an integer >= 2"),
+        ({"n_steps": 4.0}, "n_steps: expected an integer"),
+        ({"n_paths": 2}, "n_paths: expected 1"),
+        ({"n_paths": 0, "method": "ito"}, "n_paths: expected an integer >= 1"),
+        ({"grid": "cubic"}, "grid: expected one of"),
+        ({"grid": "log"}, "expected sigma_min > 0 for a logarithmic grid"),
+        ({"grid": [0.0, 0.5, 0.4]}, "grid: expected increasing times"),
+        ({"grid": [0.0, 0.5, 0.7, 1.0]}, "even number of steps"),
+        ({"grid": [0.0, 0.5, 1.5]}, "grid: expected increasing times"),
+        ({"sigma_min": -0.1}, "sigma: expected a noise level in"),
+        ({"sigma_max": 11.0}, "sigma: expected a noise level in"),
+        ({"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_max: expected more noise"),
+        ({"prior": "flat"}, "prior: expected 'standard' or a GaussianPrior"),
+        ({"prior": GaussianPrior(np.zeros(3))}, "prior: expected 2 dimensions"),
+        ({"divergence": "guess"}, "divergence: expected one of exact"),
+        ({"divergence": "hutchinson", "n_probes": 1}, "n_probes: expected two or more"),
+        ({"divergence": "hutchinson", "generator": None}, "generator: expected a numpy"),
+        ({"method": "ito", "generator": np.random}, "generator: expected a numpy"),
+        ({"difference": -1.0}, "difference: expected a finite number above 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
+        ({"dtype": torch.int64}, "dtype: expected torch.float64"),
+        ({"path": "mean"}, "path: expected it with method 'stratonovich'"),
+        ({"method": "stratonovich", "path": "scenic"}, "path: expected one of noising"),
+        ({"method": "stratonovich", "path": np.zeros((3, 3, 2))}, "path: expected shape"),
+        ({"method": "stratonovich", "path": np.ones((5, 3, 2)), "n_steps": 4}, "path: expected it to begin"),
+        ({"method": "ito", "extrapolate": True}, "extrapolate: expected method flow"),
+        ({"halving": False, "extrapolate": True}, "extrapolate: expected halving=True"),
+        ({"method": "mmse"}, "prior: expected a covariance that is not singular"),
+    ],
+)
+def test_bad_input(changes: Any, message: str) -> None:
+    arguments = {**GOOD, "score": GAUSSIAN.score(VESchedule(10.0)), **changes}
+    score, x, schedule = (arguments.pop(k) for k in ("score", "x", "schedule"))
+    with pytest.raises(InputError, match=message):
+        learned_energy(score, x, schedule, **arguments)
+
+
+def test_wrong_units_and_broken_scores() -> None:
+    score = GAUSSIAN.score(VESchedule(10.0))
+    with pytest.raises(UnitsError):
+        learned_energy(score, PLANE * unit.kelvin, VESchedule(10.0))
+    by_unit = learned_energy(score, (10 * PLANE) * unit.angstrom, VESchedule(10.0), n_steps=4)
+    np.testing.assert_allclose(
+        by_unit.log_density, learned_energy(score, PLANE, VESchedule(10.0), n_steps=4).log_density
+    )
+    with pytest.raises(ModelError, match="start at a sigma_min > 0"):
+        learned_energy(lambda y, t: -y / t[:, None], PLANE, VESchedule(10.0))
+    with pytest.raises(ModelError, match="at t = 1 "):
+        learned_energy(lambda y, t: -y + 0 / (1 - t[:, None]), PLANE, VESchedule(10.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((2, 2)), 0.0), "prior: expected a mean of shape"),
+        ((np.zeros(2), np.eye(3)), "prior: expected one dimension"),
+        ((0.0, -1.0), "no eigenvalue below 0"),
+        ((0.0, [[1.0, 2.0], [2.0, 1.0]]), "no eigenvalue below 0"),
+        ((0.0, [[1.0, 2.0], [0.0, 1.0]]), "symmetric"),
+        ((np.nan, 1.0), "prior mean: expected finite"),
+    ],
+)
+def test_impossible_priors(arguments: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GaussianPrior(*arguments)
+
+
+@pytest.mark.parametrize("frames", [np.zeros((1, 3)), np.zeros((3, 2, 2)), np.zeros(3), [[np.inf], [1.0]]])
+def test_frames_without_moments(frames: Any) -> None:
+    with pytest.raises(InputError, match="frames: expected"):
+        matched_prior(frames)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": (4, 2)}, "shape: expected"),
+        ({"shape": 3}, "shape: expected"),
+        ({"n_frames": 0}, "n_frames: expected"),
+        ({"n_steps": 7}, "n_steps: expected an even number"),
+        ({"generator": 3}, "generator: expected"),
+    ],
+)
+def test_bad_input_of_sampling(changes: Any, message: str) -> None:
+    arguments = {"shape": (2,), "n_frames": 2, "generator": rng(), **changes}
+    with pytest.raises(InputError, match=message):
+        sample_with_energy(
+            GAUSSIAN.score(VESchedule(10.0)), arguments.pop("shape"), VESchedule(10.0), **arguments
+        )  # fmt: skip
+
+
+def test_grids() -> None:
+    for schedule in SCHEDULES.values():
+        for kind in GRIDS:
+            t = noise_grid(schedule, 10, kind=kind, sigma_min=0.01, sigma_max=5.0)
+            tau = schedule.noise_to_signal(t).numpy()
+            assert (np.diff(t) > 0).all()
+            np.testing.assert_allclose(tau[[0, -1]], [0.01, 5.0], rtol=1e-6)
+            if kind == "log":
+                np.testing.assert_allclose(np.diff(np.log(tau)), np.log(500) / 10, rtol=1e-6)
+            elif kind == "karras":
+                np.testing.assert_allclose(np.diff(tau ** (1 / 7)), (5 ** (1 / 7) - 0.01 ** (1 / 7)) / 10)
+            else:
+                power = 1 if kind == "linear" else 0.5
+                np.testing.assert_allclose(np.diff((t - t[0]) ** power), (t[-1] - t[0]) ** power / 10)
+
+
+# -------------------------------------------------------------------------------- testing.py
+
+
+def test_the_mixture_itself() -> None:
+    two = GaussianMixture([[0.0, 1.0], [1.0, -1.0]], [np.eye(2), [[0.5, 0.2], [0.2, 0.3]]], weights=[1, 3])
+    step, n = 0.1, 121
+    axis = np.linspace(-6, 6, n)
+    points = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    for schedule, t in ((VESchedule(1.0), 0.8), (VPSchedule(length=1.0), 0.3)):
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        log_p = two.log_density(points, alpha=alpha, sigma=sigma)
+        assert np.exp(log_p).sum() * step**2 == pytest.approx(1.0, abs=1e-3)
+        times = torch.full((len(points),), t, dtype=torch.float64)
+        s = two.score(schedule)(torch.as_tensor(points), times).numpy().reshape(n, n, 2)
+        slope = np.gradient(log_p.reshape(n, n), step)
+        np.testing.assert_allclose(s[40:80, 40:80, 0], slope[1][40:80, 40:80], atol=0.03)
+        np.testing.assert_allclose(s[40:80, 40:80, 1], slope[0][40:80, 40:80], atol=0.03)
+    x = two.sample(40000, rng(16))
+    prior = two.prior()
+    np.testing.assert_allclose(x.mean(axis=0), prior.mean, atol=0.03)
+    np.testing.assert_allclose(np.cov(x.T), prior.covariance, atol=0.05)
+    for arguments in (
+        ([0.0], 1.0), ([[0.0]], -1.0), ([[0.0]], np.eye(2)), ([[np.nan]], 1.0),
+        ([[0.0, 0.0]], [[[1.0, 2.0], [0.0, 1.0]]]),
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            GaussianMixture(*arguments)
+    with pytest.raises(InputError, match="weights"):
+        GaussianMixture([[0.0]], 1.0, weights=[0.0])
