@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .docking.rigid import sample_poses as sample_poses
     from .docking.rigid_energy import pose_flow_energy as pose_flow_energy
     from .docking.rigid_energy import pose_path_energy as pose_path_energy
+    from .energy import EnergyResult as EnergyResult
+    from .energy import learned_energy as learned_energy
+    from .energy import sample_with_energy as sample_with_energy
     from .errors import DiffForceError as DiffForceError
     from .exchange import run_expanded_ensemble as run_expanded_ensemble
     from .exchange import run_replica_exchange as run_replica_exchange
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from .reporters import DomainReporter as DomainReporter
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
+    from .scores import GaussianPrior as GaussianPrior
+    from .scores import matched_prior as matched_prior
+    from .scores import score_of as score_of
     from .systems import graph_from_topology as graph_from_topology
     from .training import fit_physical_model as fit_physical_model
     from .windows import run_windows as run_windows
@@ -59,8 +65,10 @@ _HOME = {
     "DiffusionForce": "force",
     "DomainReporter": "reporters",
     "EndStatePair": "alchemy",
+    "EnergyResult": "energy",
     "EnvelopeAction": "models.envelope",
     "ExternalDockingModel": "docking.adapter",
+    "GaussianPrior": "scores",
     "MolecularGraph": "models.graph",
     "NetworkAction": "models.network",
     "NetworkSettings": "network_training",
@@ -81,7 +89,9 @@ _HOME = {
     "force_from_manifest": "force",
     "graph_from_topology": "systems",
     "lambda_states": "alchemy",
+    "learned_energy": "energy",
     "load_artefact": "artefact",
+    "matched_prior": "scores",
     "mix": "force",
     "model_fields": "models.action",
     "noise_poses": "docking.rigid",
@@ -94,6 +104,8 @@ _HOME = {
     "run_replica_exchange": "exchange",
     "run_windows": "windows",
     "sample_poses": "docking.rigid",
+    "sample_with_energy": "energy",
+    "score_of": "scores",
 }
 
 __all__ = [*_HOME, "__version__"]

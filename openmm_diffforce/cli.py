@@ -578,6 +578,115 @@ def export(
 
 
 @app.command()
+def energy(
+    artefact: Annotated[Path, typer.Argument(help="Model file, written by fit, export or export_artefact.")],
+    frames: Annotated[Path, typer.Argument(help="Trajectory: anything that mdtraj reads.")],
+    topology: Annotated[Path, typer.Option(help="PDB file of the molecule, in the model's order of atoms.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="action (the model's own S at no noise), flow, stratonovich, ito, backward_ito, mmse."
+        ),
+    ] = "action",
+    steps: Annotated[
+        int | None, typer.Option(help="Noise steps; by default as many as the method needs.")
+    ] = None,
+    paths: Annotated[int | None, typer.Option(help="Paths per frame, where the method draws them.")] = None,
+    probes: Annotated[
+        int | None, typer.Option(help="Hutchinson probes for the divergence; by default it is exact.")
+    ] = None,
+    sigma_min: Annotated[float, typer.Option(help="Noise at which to begin, in nm.")] = 0.0,
+    prior: Annotated[
+        Path | None,
+        typer.Option(help="Trajectory whose moments the prior has; by default the frames themselves."),
+    ] = None,
+    lam: Annotated[float, typer.Option("--lambda", help="Alchemical coordinate of the model.")] = 0.0,
+    reference_frame: Annotated[int | None, typer.Option(help="Frame whose energy is zero.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="For kJ/mol, in K; by default that of the model.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Every random number follows from it.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Table to write: .csv or .parquet.")] = None,
+    insist: Annotated[
+        bool, typer.Option("--insist", help="Take p_T for a Gaussian even where the noise ends too early.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Energies of frames under a model, -ln p_0 or its action, as a table."""
+    from .analysis import load_trajectory
+    from .artefact import load_artefact
+    from .config import read_pdb
+    from .energy import METHODS, action_energy, energies_of_model
+    from .errors import InputError
+    from .systems import graph_from_topology
+
+    if method not in ("action", *METHODS):
+        raise InputError(f"--method: expected one of action, {', '.join(METHODS)}, found {method!r}.")
+    if out is not None and out.suffix not in (".csv", ".parquet"):
+        raise InputError(f"--out: expected a name that ends in .csv or .parquet, found {out}.")
+    loaded = load_artefact(artefact)
+    graph = graph_from_topology(read_pdb(topology).topology)
+    if (graph.elements, graph.bonds_hash()) != (loaded.graph.elements, loaded.graph.bonds_hash()):
+        raise InputError(
+            f"{topology}: expected the molecule of {artefact} ({loaded.graph.n_atoms} atoms, elements and "
+            f"bonds in its order), found another ({graph.n_atoms} atoms); diffforce inspect {artefact} "
+            "lists them."
+        )
+    x = load_trajectory(frames, topology).xyz
+    if method == "action":
+        result = action_energy(loaded, x, lam=lam)
+    else:
+        moments = None if prior is None else load_trajectory(prior, topology).xyz
+        with _stages(quiet or as_json) as progress:
+            result = energies_of_model(
+                loaded, x, method=method, n_steps=steps, n_paths=paths, n_probes=probes, sigma_min=sigma_min,
+                prior_frames=moments, lam=lam, seed=seed, insist=insist,
+                progress=lambda done, total: progress(method, done, total),
+            )  # fmt: skip
+    kelvin = loaded.temperature if temperature is None else temperature
+    table = result.to_frame(temperature=kelvin, reference=reference_frame)
+    if out is not None:
+        result.write(out, temperature=kelvin, reference=reference_frame)
+    if as_json:
+        from .record import plain
+
+        rows = {name: [None if v != v else v for v in table[name].tolist()] for name in table}
+        typer.echo(json.dumps(plain({**table.attrs, "table": str(out) if out else None, **rows}), indent=1))
+        return
+    if out is not None:
+        typer.echo(out)
+    if quiet and out is not None:
+        return
+    _print_energies(table, quiet)
+
+
+MOST_ROWS = 20
+"""Frames of a table that are shown; a file has them all."""
+
+
+def _print_energies(table: Any, quiet: bool) -> None:
+    console = _console()
+    a = table.attrs
+    zero = "" if a["reference_frame"] is None else f", zero at frame {a['reference_frame']}"
+    shown = Table(title=f"{a['method']}: energies of {len(table)} frames{zero}", title_justify="left")
+    for name in ("frame", "E [kT]", "E [kJ/mol]", "error [kT]", "steps [kT]"):
+        shown.add_column(Text(name), justify="right")
+    for number, row in table.head(MOST_ROWS).iterrows():
+        values = [row[c] for c in ("standard_error_kT", "discretisation_kT")]
+        cells = ["-" if v != v else f"{v:.2g}" for v in values]
+        shown.add_row(str(number), f"{row['energy_kT']:.3f}", f"{row['energy_kJ_mol']:.3f}", *cells)
+    console.print(shown)
+    if len(table) > MOST_ROWS:
+        console.print(f"... and {len(table) - MOST_ROWS} more; --out TABLE.csv writes them all.")
+    if not quiet and a["method"] != "action":
+        console.print(
+            f"d = {a['n_dim']}, {a['n_steps']} steps up to {a['sigma_max']:.3g} nm, {a['n_score']} scores, "
+            f"{a['n_products']} Jacobian products."
+        )
+
+
+@app.command()
 def simulate(project: Project, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Dynamics with the learned force; call it again to go on after a Ctrl-C or a crash."""
     from .config import ProjectSettings, load_settings

@@ -3,15 +3,18 @@
 Nothing in the package imports this module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import openmm
+import torch
 from openmm import unit
 
 from .errors import InputError
+from .schedule import NoiseSchedule
+from .scores import GaussianPrior
 
 
 def assert_forces_match_energy(
@@ -173,6 +176,113 @@ class HarmonicEndStates:
     def action(self, end: int, x: Any) -> Any:
         """S_0 or S_1 [n] of x [n, n_dim]."""
         return 0.5 * self.stiffness[end] * ((np.asarray(x) - self.centre[end]) ** 2).sum(axis=-1)
+
+
+class GaussianMixture:
+    r"""A mixture of Gaussians in any dimension, noised by any schedule, with everything known.
+
+    .. math:: p_t(y) = \sum_k w_k\, N(y;\ \alpha_t m_k,\ \alpha_t^2 C_k + \sigma_t^2)
+
+    One component is a Gaussian.
+
+    Parameters
+    ----------
+    means : array_like, shape (n_components, n_dim)
+        m_k [nm].
+    covariances : float or array_like, shape (n_components, n_dim, n_dim)
+        C_k [nm^2]; one number is the variance of every component in every direction.
+    weights : array_like, shape (n_components,), optional
+        w_k, above zero; normalised here. By default all alike.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, weights or variances are not above zero, or a covariance is not
+        symmetric and positive definite.
+
+    Examples
+    --------
+    >>> one = GaussianMixture([[0.0]], 4.0)
+    >>> round(float(one.log_density([[0.0]])[0]), 4)
+    -1.6121
+    """
+
+    def __init__(self, means: Any, covariances: Any, *, weights: Any = None) -> None:
+        self.means = np.asarray(means, dtype=np.float64)
+        if self.means.ndim != 2 or 0 in self.means.shape or not np.isfinite(self.means).all():
+            raise InputError(
+                f"means: expected finite numbers of shape (n_components, n_dim), found {self.means.shape}."
+            )
+        n, d = self.means.shape
+        given = np.asarray(covariances, dtype=np.float64)
+        self.covariances = given * np.broadcast_to(np.eye(d), (n, d, d)) if given.ndim == 0 else given
+        if self.covariances.shape != (n, d, d) or not np.isfinite(self.covariances).all():
+            raise InputError(
+                f"covariances: expected one number or finite numbers of shape {(n, d, d)}, found "
+                f"{given.shape}."
+            )
+        if not np.allclose(self.covariances, np.swapaxes(self.covariances, 1, 2)):
+            raise InputError("covariances: expected symmetric matrices.")
+        if float(np.linalg.eigvalsh(self.covariances).min()) <= 0:
+            raise InputError("covariances: expected positive definite matrices.")
+        w = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+        if w.shape != (n,) or not np.isfinite(w).all() or (w <= 0).any():
+            raise InputError(f"weights: expected {n} numbers above zero, found {weights}.")
+        self.weights = w / w.sum()
+        self.variances, self.axes = (torch.as_tensor(v) for v in np.linalg.eigh(self.covariances))
+
+    @property
+    def n_dim(self) -> int:
+        """Dimension of the space."""
+        return int(self.means.shape[1])
+
+    def _log_terms(self, y: Any, alpha: Any, sigma: Any) -> tuple[Any, Any, Any]:
+        """ln of each term [n, n_components]; components along each one's axes; their variances."""
+        y = y.reshape(len(y), self.n_dim)
+        away = y[:, None] - alpha[:, None, None] * torch.as_tensor(self.means, dtype=y.dtype)
+        u = torch.einsum("nkd,kde->nke", away, self.axes.to(y.dtype))
+        spread = (alpha**2)[:, None, None] * self.variances.to(y.dtype) + (sigma**2)[:, None, None]
+        log_w = torch.log(torch.as_tensor(self.weights, dtype=y.dtype))
+        return log_w - 0.5 * (u**2 / spread + torch.log(2 * np.pi * spread)).sum(2), u, spread
+
+    def log_density(self, y: Any, *, alpha: float = 1.0, sigma: float = 0.0) -> Any:
+        """ln p_t of noised coordinates, float64 [n_frames]; by default of clean ones.
+
+        Parameters
+        ----------
+        y : array_like, shape (n_frames, n_dim) or (n_frames, n_atoms, 3)
+            [nm].
+        alpha, sigma : float
+            Signal and noise [nm].
+        """
+        rows = torch.as_tensor(np.asarray(y, dtype=np.float64))
+        one = torch.ones(len(rows), dtype=torch.float64)
+        return torch.logsumexp(self._log_terms(rows, alpha * one, sigma * one)[0], dim=1).numpy()
+
+    def score(self, schedule: NoiseSchedule) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """grad ln p_t as a function of torch tensors y [n, ...] and t [n]; differentiable."""
+
+        def score(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            log_terms, u, spread = self._log_terms(y, schedule.alpha(t), schedule.sigma(t))
+            share = torch.softmax(log_terms, dim=1)
+            pull = torch.einsum("kde,nke->nkd", self.axes.to(y.dtype), u / spread)
+            return -(share[:, :, None] * pull).sum(1).reshape(y.shape)
+
+        return score
+
+    def prior(self) -> GaussianPrior:
+        """The Gaussian with the mixture's mean and covariance."""
+        mean = self.weights @ self.means
+        away = self.means - mean
+        inside = np.einsum("k,kde->de", self.weights, self.covariances)
+        return GaussianPrior(mean, inside + np.einsum("k,kd,ke->de", self.weights, away, away))
+
+    def sample(self, n: int, generator: np.random.Generator) -> Any:
+        """Exact samples, float64 [n, n_dim]."""
+        which = generator.choice(len(self.weights), n, p=self.weights)
+        root = np.linalg.cholesky(self.covariances)
+        noise = generator.standard_normal((n, self.n_dim))
+        return self.means[which] + np.einsum("nde,ne->nd", root[which], noise)
 
 
 def assert_model_contract(model: Any, x: Any, *, equilibrium: bool = False) -> Any:
