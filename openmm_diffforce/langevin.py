@@ -20,6 +20,7 @@ k          :meth:`DiffusionLangevinIntegrator.getStiffness`  1/nm^2, reduced
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -365,6 +366,22 @@ class DiffusionLangevinIntegrator(openmm.CustomIntegrator):
             self.setGlobalVariableByName("n_proposed", 0.0)
 
 
+@dataclass(frozen=True)
+class IndependentRuns:
+    """Dynamics from independent starts.
+
+    Attributes
+    ----------
+    frames : [n_starts, n_frames, n_atoms, 3]
+        [nm], in time order.
+    acceptance_rate : float or None
+        Of all steps, with a Metropolis correction.
+    """
+
+    frames: FloatArray
+    acceptance_rate: float | None
+
+
 def independent_then_dynamics(
     system: openmm.System,
     starts: Any,
@@ -376,7 +393,7 @@ def independent_then_dynamics(
     parameters: dict[str, float] | None = None,
     platform: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> FloatArray:
+) -> IndependentRuns:
     """Dynamics from each of several independent starts, e.g. samples of a reverse diffusion.
 
     Parameters
@@ -399,8 +416,7 @@ def independent_then_dynamics(
 
     Returns
     -------
-    float array [n_starts, n_frames, n_atoms, 3]
-        [nm], in time order.
+    IndependentRuns
 
     Raises
     ------
@@ -414,7 +430,7 @@ def independent_then_dynamics(
     Notes
     -----
     Runs differ in their start and in their noise (one stream, one after the other); they are as
-    independent as the starts.
+    independent as the starts. The integrator ends with the Context of this call.
     """
     starts = check_frames(starts, system.getNumParticles(), name="starts")
     n_frames = check_positive("n_frames", n_frames, integer=True)
@@ -439,7 +455,8 @@ def independent_then_dynamics(
                 raise blow_up_error(f"dynamics from start {i} (frame {n})", "coordinates that are not finite")
         if progress is not None:
             progress(i + 1, len(starts))
-    return out
+    rate = integrator.acceptance_rate if getattr(integrator, "metropolis", False) else None
+    return IndependentRuns(out, rate)
 
 
 def _as_tuple(learned: Any) -> tuple[Any, ...]:
