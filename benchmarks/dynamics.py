@@ -251,7 +251,7 @@ def bias(out: Path) -> dict:
             advice = advise_integrator(integrator, system, frames[:20])
             row[name] = {
                 "a": advice.stiffness, "limit": advice.limit, "verdict": advice.verdict,
-                "predicted": advice.energy_bias, "suggested": advice.suggested, "text": str(advice),
+                "predicted": advice.energy_bias if advice.verdict != "unstable" else None, "suggested": advice.suggested, "text": str(advice),
             }  # fmt: skip
         try:
             row["raw"] = _energy_mean(case.system_0, _adapter(step, SEED + 2), test[0])
@@ -262,8 +262,6 @@ def bias(out: Path) -> dict:
         if step in (5e-5, 1e-4):
             mala = _adapter(step, SEED + 3, metropolis=True, system=case.system_0)
             row["mala"] = _energy_mean(case.system_0, mala, test[0])
-        if row["amber14"]["predicted"] == float("inf"):
-            row["amber14"]["predicted"] = row["learned"]["predicted"] = None
         rows.append(row)
         print(f"  {row}", flush=True)
     spectrum = curvature_spectrum(
@@ -630,8 +628,9 @@ def table(found: dict[str, Any]) -> list[str]:
                 error = np.hypot(run["error"], b["reference"]["error"])
                 return f"{run['mean'] - b['reference']['mean']:+.2f} +- {error:.2f}"
 
-            said = r["amber14"]["predicted"]
-            predicted = "-" if said is None else f"{said:.2f} ({r['learned']['predicted']:.2f})"
+            said = [r[name]["predicted"] for name in ("amber14", "learned")]
+            text = ["unstable" if v is None else f"{v:.2f}" for v in said]
+            predicted = f"{text[0]} ({text[1]})"
             mala = excess(r["mala"]) if "mala" in r else "-"
             rate = f"{r['mala']['acceptance']:.2f}" if "mala" in r else "-"
             lines.append(
