@@ -366,6 +366,14 @@ class DiffusionLangevinIntegrator(openmm.CustomIntegrator):
             self.setGlobalVariableByName("n_proposed", 0.0)
 
 
+def make_diffusion_context(
+    system: openmm.System, *, temperature: Any, timestep: Any, friction: Any, platform: str | None, seed: int
+) -> openmm.Context:
+    """A Context with a seeded :class:`DiffusionLangevinIntegrator`, as ``systems.make_context`` makes one."""
+    integrator = DiffusionLangevinIntegrator(temperature, friction, timestep, seed=seed)
+    return openmm.Context(system, integrator, get_platform(platform, system.getNumParticles()))
+
+
 @dataclass(frozen=True)
 class IndependentRuns:
     """Dynamics from independent starts.
