@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from .sampler import diffusion_times as diffusion_times
     from .sampler import harmonic_adapter_step as harmonic_adapter_step
     from .sampler import model_score as model_score
+    from .sampler import noise_frames as noise_frames
     from .sampler import predictor_corrector as predictor_corrector
+    from .sampler import prior_frames as prior_frames
     from .sampler import probability_flow as probability_flow
     from .sampler import reverse_sde as reverse_sde
     from .sampler import reweight_samples as reweight_samples
@@ -91,10 +93,12 @@ _HOME = {
     "mix": "force",
     "model_fields": "models.action",
     "model_score": "sampler",
+    "noise_frames": "sampler",
     "noisy_operator_bridge": "bridge",
     "pair_splines": "pair_features",
     "path_divergence": "path_kl",
     "predictor_corrector": "sampler",
+    "prior_frames": "sampler",
     "probability_flow": "sampler",
     "reverse_sde": "sampler",
     "reweight_samples": "sampler",
