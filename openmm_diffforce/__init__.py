@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .force import force_from_manifest as force_from_manifest
     from .force import mix as mix
     from .labels import fit_labels as fit_labels
+    from .langevin import DiffusionLangevinIntegrator as DiffusionLangevinIntegrator
+    from .langevin import independent_then_dynamics as independent_then_dynamics
     from .models.action import ActionModel as ActionModel
     from .models.action import AutogradAction as AutogradAction
     from .models.action import ScoreModel as ScoreModel
@@ -47,13 +49,25 @@ if TYPE_CHECKING:
     from .network_training import NetworkSettings as NetworkSettings
     from .network_training import fit_network as fit_network
     from .pair_features import pair_splines as pair_splines
+    from .path_kl import path_divergence as path_divergence
     from .posterior_bridge import run_posterior_bridge as run_posterior_bridge
     from .reporters import DomainReporter as DomainReporter
+    from .sampler import diffusion_times as diffusion_times
+    from .sampler import harmonic_adapter_step as harmonic_adapter_step
+    from .sampler import model_score as model_score
+    from .sampler import noise_frames as noise_frames
+    from .sampler import predictor_corrector as predictor_corrector
+    from .sampler import prior_frames as prior_frames
+    from .sampler import probability_flow as probability_flow
+    from .sampler import reverse_sde as reverse_sde
+    from .sampler import reweight_samples as reweight_samples
     from .schedule import VESchedule as VESchedule
     from .schedule import VPSchedule as VPSchedule
     from .scores import GaussianPrior as GaussianPrior
     from .scores import matched_prior as matched_prior
     from .scores import score_of as score_of
+    from .step_size import advise_integrator as advise_integrator
+    from .step_size import advise_step as advise_step
     from .systems import graph_from_topology as graph_from_topology
     from .training import fit_physical_model as fit_physical_model
     from .windows import run_windows as run_windows
@@ -63,6 +77,7 @@ _HOME = {
     "AutogradAction": "models.action",
     "DiffForceError": "errors",
     "DiffusionForce": "force",
+    "DiffusionLangevinIntegrator": "langevin",
     "DomainReporter": "reporters",
     "EndStatePair": "alchemy",
     "EnergyResult": "energy",
@@ -79,7 +94,10 @@ _HOME = {
     "ScoreModel": "models.action",
     "VESchedule": "schedule",
     "VPSchedule": "schedule",
+    "advise_integrator": "step_size",
+    "advise_step": "step_size",
     "alanine_case": "alanine",
+    "diffusion_times": "sampler",
     "examine_model": "models.examine",
     "export_artefact": "artefact",
     "fit_labels": "labels",
@@ -88,17 +106,27 @@ _HOME = {
     "fit_physical_model": "training",
     "force_from_manifest": "force",
     "graph_from_topology": "systems",
+    "harmonic_adapter_step": "sampler",
+    "independent_then_dynamics": "langevin",
     "lambda_states": "alchemy",
     "learned_energy": "energy",
     "load_artefact": "artefact",
     "matched_prior": "scores",
     "mix": "force",
     "model_fields": "models.action",
+    "model_score": "sampler",
+    "noise_frames": "sampler",
     "noise_poses": "docking.rigid",
     "noisy_operator_bridge": "bridge",
     "pair_splines": "pair_features",
+    "path_divergence": "path_kl",
     "pose_flow_energy": "docking.rigid_energy",
     "pose_path_energy": "docking.rigid_energy",
+    "predictor_corrector": "sampler",
+    "prior_frames": "sampler",
+    "probability_flow": "sampler",
+    "reverse_sde": "sampler",
+    "reweight_samples": "sampler",
     "run_expanded_ensemble": "exchange",
     "run_posterior_bridge": "posterior_bridge",
     "run_replica_exchange": "exchange",

@@ -692,7 +692,10 @@ def simulate(project: Project, quiet: Quiet = False, as_json: AsJson = False) ->
     from .config import ProjectSettings, load_settings
     from .project import simulate_project
 
-    run = simulate_project(load_settings(project, ProjectSettings), progress=not (quiet or as_json))
+    run = simulate_project(
+        load_settings(project, ProjectSettings), progress=not (quiet or as_json),
+        say=None if quiet else lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
     _say_run(run, "", quiet, as_json)
 
 

@@ -214,6 +214,15 @@ class SimulateSettings(Settings):
         description="operator: beside end state 0; replace: the learned action instead of the force field",
     )
     lam: float = Field(default=0.0, ge=0, le=1, description="lambda")
+    integrator: Literal["langevin", "diffusion"] = Field(
+        default="langevin", description="diffusion: overdamped, the steps of the diffusion model itself"
+    )
+    timestep: Positive | None = Field(
+        default=None, description="ps; that of the project if absent (diffusion: about 0.00005)"
+    )
+    friction: Positive | None = Field(
+        default=None, description="1/ps; that of the project if absent (diffusion: about 50)"
+    )
     n_frames: Count = Field(default=1000, description="frames")
     interval: Count = Field(default=500, description="steps between frames")
     n_equil: int = Field(default=10000, ge=0, description="steps thrown away first")

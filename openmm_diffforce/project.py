@@ -6,7 +6,7 @@ next stage reads what it left.
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from .errors import InputError, ModelError, PoorOverlapError
 from .estimate import MIN_OVERLAP, EndCorrection, FreeEnergyEstimate, end_correction
 from .exchange import run_expanded_ensemble, run_replica_exchange
 from .force import DiffusionForce, mix
+from .langevin import DiffusionLangevinIntegrator
 from .models.action import model_fields
 from .models.physics import PhysicalModel
 from .record import settings_hash, write_json
 from .schedule import VESchedule
+from .step_size import advise_integrator
 from .systems import (
     FloatArray,
     clone_system,
@@ -339,23 +341,46 @@ def _learned(project: ProjectSettings, parts: SystemParts, mode: str) -> tuple[o
     return system, force
 
 
-def simulate_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:
+def simulate_project(
+    project: ProjectSettings, *, progress: Any = True, say: Callable[[str], None] | None = None
+) -> WindowRun:
     """Dynamics with the learned force at one lambda: a trajectory in ``<out_dir>/simulation``.
+
+    Parameters
+    ----------
+    project : ProjectSettings
+    progress : bool or callable
+        As in ``run_windows``.
+    say : callable, optional
+        Hears, before a run with ``integrator: diffusion``, what its step will do.
 
     Raises
     ------
     InputError
-        If there is no model yet.
+        If there is no model yet, or a step of ``integrator: diffusion`` would be unstable.
     DiffForceError
         From the force or ``run_windows``.
     """
-    parts = _parts(project)
-    system, force = _learned(project, parts, project.simulate.mode)
-    states = [{force.parameter(LAMBDA): project.simulate.lam}]
+    parts, stage = _parts(project), project.simulate
+    system, force = _learned(project, parts, stage.mode)
+    states = [{force.parameter(LAMBDA): stage.lam}]
+    arguments = _arguments(project, SIMULATION_DIR, system, parts, states, stage, progress, force)
+    for name in ("timestep", "friction"):
+        if getattr(stage, name) is not None:
+            arguments[name] = getattr(stage, name)
+    if stage.integrator == "diffusion":
+        integrator = DiffusionLangevinIntegrator(
+            project.temperature, arguments["friction"], arguments["timestep"]
+        )
+        frames = _sampled_ends(project, parts)[0]
+        pick = np.linspace(0, len(frames) - 1, min(10, len(frames))).astype(int)
+        advice = advise_integrator(integrator, system, frames[pick], parameters=states[0])
+        if say is not None:
+            say(str(advice))
+        advice.require_stable()
     return run_windows(
-        **_arguments(project, SIMULATION_DIR, system, parts, states, project.simulate, progress, force),
-        n_frames=project.simulate.n_frames, interval=project.simulate.interval,
-    )  # fmt: skip
+        **arguments, n_frames=stage.n_frames, interval=stage.interval, integrator=stage.integrator
+    )
 
 
 def windows_project(project: ProjectSettings, *, progress: Any = True) -> WindowRun:

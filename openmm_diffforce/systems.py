@@ -1182,12 +1182,14 @@ def start_context(context: mm.Context, x: FloatArray, *, seed: int, temperature:
 
 
 def step_checked(integrator: mm.Integrator, n_steps: int, what: str) -> None:
-    """Integrate; OpenMM's NaN error becomes ConvergenceError."""
+    """Integrate; OpenMM's NaN error, and a learned force's, become ConvergenceError."""
     try:
         integrator.step(n_steps)
     except mm.OpenMMException as err:
-        if "NaN" in str(err) or "nan" in str(err).lower():
-            raise blow_up_error(what, str(err)) from err
+        said = str(err).strip().splitlines()
+        if "nan" in str(err).lower() or "expected a finite" in str(err):
+            # A learned force's error has TorchScript's traceback above what it says.
+            raise blow_up_error(what, said[-1] if said else "an error without words") from err
         raise
 
 

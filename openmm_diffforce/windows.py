@@ -18,7 +18,8 @@ import numpy as np
 import openmm as mm
 import pandas as pd
 
-from .errors import ConvergenceError, ResumeError
+from .errors import ConvergenceError, InputError, ResumeError
+from .langevin import make_diffusion_context
 from .runs import (
     TOPOLOGY_FILE,
     EnergyDerivatives,
@@ -114,6 +115,7 @@ def run_windows(
     dhdl: bool = True,
     checkpoint_seconds: float = 5.0,
     n_workers: int = 1,
+    integrator: str = "langevin",
     progress: bool | Callable[[int, int], None] = True,
 ) -> WindowRun:
     r"""Sample every lambda state, and evaluate every frame in all of them.
@@ -160,6 +162,10 @@ def run_windows(
         Processes that share the windows, at most one per core; each has its own Context. On the
         Reference platform the numbers are those of one process, bit by bit. A script that asks
         for more than one must run under ``if __name__ == "__main__":``.
+    integrator : {"langevin", "diffusion"}
+        OpenMM's LangevinMiddle, or overdamped dynamics by
+        :class:`~openmm_diffforce.langevin.DiffusionLangevinIntegrator`, which needs far more friction
+        (50/ps) and shorter steps (:func:`~openmm_diffforce.step_size.advise_integrator`).
     progress : bool or callable
         A rich progress bar with ETA, nothing, or ``progress(n_done, n_total)`` in frames.
 
@@ -208,12 +214,16 @@ def run_windows(
     started = time.monotonic()
     check_positive("checkpoint_seconds", checkpoint_seconds)
     n_workers = check_positive("n_workers", n_workers, integer=True)
+    if integrator not in ("langevin", "diffusion"):
+        raise InputError(f'integrator: expected "langevin" or "diffusion", found {integrator!r}.')
+    # Only the new one is a setting: runs from before it was one go on.
+    more = {"integrator": integrator} if integrator != "langevin" else {}
     inputs = check_inputs(
         system, topology, positions, states, learned=learned, temperature=temperature,
         n_equil=n_equil, timestep=timestep, friction=friction, platform=platform, seed=seed,
         minimize=minimize, trajectory=trajectory, dhdl=dhdl,
         n_frames=check_positive("n_frames", n_frames, integer=True),
-        interval=check_positive("interval", interval, integer=True),
+        interval=check_positive("interval", interval, integer=True), **more,
     )  # fmt: skip
     settings, n_states = inputs.settings, len(inputs.values)
     folder = make_folder(out_dir)
@@ -288,7 +298,8 @@ class _Run:
         s = self.settings
         # A window's numbers do not depend on which windows ran before it in this process.
         rng = np.random.default_rng([s["seed"], k])
-        context = make_context(
+        make = make_context if "integrator" not in s else make_diffusion_context
+        context = make(
             self.inputs.system,
             temperature=s["temperature"],
             timestep=s["timestep"],

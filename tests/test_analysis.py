@@ -221,3 +221,36 @@ def test_replica_figure() -> None:
     for bad in ([], [0, 1], [[0.5]]):
         with pytest.raises(InputError, match="state_of_replica"):
             a.replica_figure(bad)
+
+
+def test_autocorrelation_of_a_known_process() -> None:
+    """AR(1): C(l) = rho^l, its sum up to a lag; and a vector series counts all components."""
+    random, rho = np.random.default_rng(11), 0.9
+    x = np.empty((8, 4000, 2))
+    x[:, 0] = random.standard_normal((8, 2))
+    for t in range(1, 4000):
+        x[:, t] = rho * x[:, t - 1] + np.sqrt(1 - rho**2) * random.standard_normal((8, 2))
+    for series in (x[..., 0], x):
+        found = a.autocorrelation(series, 60, interval=0.5)
+        exact = rho ** np.arange(61)
+        assert found.n_runs == 8
+        assert abs((found.correlation - exact)[1:] / found.error[1:]).max() < 4.5
+        assert abs(found.time - np.trapezoid(exact, dx=0.5)) < 4 * found.time_error
+        assert 0 < found.time_error < 0.6
+    assert found.lag[-1] == 30.0
+
+
+@pytest.mark.parametrize(
+    ("series", "n_lags", "message"),
+    [
+        (np.zeros((1, 10)), 2, "series"),
+        (np.zeros(10), 2, "series"),
+        (np.full((2, 10), np.nan), 2, "series"),
+        (np.zeros((2, 10)), 2, "constant"),
+        (np.ones((2, 10)), 10, "n_lags"),
+        (np.ones((2, 10)), 1.5, "n_lags"),
+    ],
+)
+def test_autocorrelation_refuses(series: np.ndarray, n_lags: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        a.autocorrelation(series, n_lags)

@@ -22,6 +22,8 @@ from openmm_diffforce.config import (
 from openmm_diffforce.exchange import ExchangeRun
 from openmm_diffforce.project import run_sampler
 
+from . import tiny
+
 PACKAGE_HOME = str(Path(openmm_diffforce.__file__).resolve().parents[1])
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -142,6 +144,20 @@ def test_the_bridge_file_is_valid() -> None:
     settings = load_settings(EXAMPLES / "bridge.yaml", BridgeSettings)
     assert settings.trajectories is not None
     assert settings.trajectories[0].name == "window_000.dcd"
+
+
+def test_dynamics_on_a_learned_action(tmp_path: Path) -> None:
+    """On the tests' own small model: its numbers mean little."""
+    model = tiny.export(tmp_path / "tiny.diffforce", operator=False)
+    out = run(tmp_path, "09_dynamics.py", str(model), "--steps", "400", "--starts", "8")
+    assert out.count("time step ") == 4
+    assert "time step 0.0005 ps: unstable" in out
+    assert "400 frames; psi after" in out
+    accepted = float(out.split("accepted ")[1].split()[0])
+    assert 0.3 < accepted <= 1
+    effective = float(out.split("reweighted to amber14: ")[1].split()[0])
+    assert 1 <= effective <= 8
+    assert (tmp_path / "example_09" / "phi_psi.png").exists()
 
 
 @pytest.mark.slow

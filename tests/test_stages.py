@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -148,6 +149,35 @@ def test_no_end_correction_without_both_ends_of_lambda(project, tmp_path):
     result = invoke("estimate", path, "--no-decorrelate", "--min-overlap", 0)
     assert result.exit_code == 1
     assert "expected windows from lambda 0 to 1, found [0.0] to [0.5]" in result.output
+
+
+def test_simulate_as_diffusion(project, tmp_path):
+    """The advice comes first, an unstable step is refused; the run goes on where it was."""
+    content = yaml.safe_load(project.read_text())
+    content["simulate"] |= {"mode": "replace", "integrator": "diffusion", "timestep": 2e-5, "friction": 50.0}
+    path, folder = project.parent / "diffusion.yaml", project.parent / "runs" / "simulation"
+    path.write_text(yaml.safe_dump(content))
+    shutil.rmtree(folder, ignore_errors=True)
+    result = invoke("simulate", path, "--json")
+    assert result.exit_code == 0, result.output
+    assert "time step 2e-05 ps:" in result.stderr
+    run = json.loads(result.stdout)
+    assert (run["n_frames"], run["n_steps"]) == (3, 25)
+    assert json.loads(ok("simulate", path, "--json", "--quiet"))["n_steps"] == 0
+    kept = json.loads((folder / "settings.json").read_text())["settings"]
+    assert (kept["integrator"], kept["timestep"], kept["friction"]) == ("diffusion", 2e-5, 50.0)
+    content["simulate"]["integrator"] = "langevin"
+    path.write_text(yaml.safe_dump(content))
+    assert "integrator" in invoke("simulate", path).output
+    shutil.rmtree(folder)
+    # With the project's own step (1 fs) and friction (1/ps) it would run away.
+    content["simulate"] |= {"integrator": "diffusion", "timestep": None, "friction": None}
+    path.write_text(yaml.safe_dump(content))
+    result = invoke("simulate", path)
+    assert result.exit_code == 1
+    assert "unstable" in result.stderr
+    assert "step_size: expected less than" in result.stderr
+    assert not folder.exists()
 
 
 def test_a_fit_is_done_once_and_never_from_frames_of_other_settings(project):

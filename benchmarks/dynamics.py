@@ -1,0 +1,741 @@
+# ruff: noqa: E501
+"""Diffusion sampling as dynamics: the adapter step, its bias, memory, paths, independent starts.
+
+    python benchmarks/dynamics.py --out runs/dynamics [--only train,adapter,bias,memory,paths,starts]
+
+Every part writes ``<out>/<part>.json`` and is skipped if that exists; the table goes to
+``benchmarks/results/dynamics.md``, figures beside it. ``train`` comes first: one model, fitted to
+amber14 snapshots whose order was shuffled. References are computed in the same run; settings
+stand here, and nothing is tuned on the results.
+"""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mdtraj as md
+import numpy as np
+import openmm
+from parts import run_parts
+
+from openmm_diffforce import analysis, sampler, training
+from openmm_diffforce.alanine import TEMPERATURE, AlanineCase, alanine_case
+from openmm_diffforce.artefact import export_artefact, load_artefact
+from openmm_diffforce.demo import learned_base_system
+from openmm_diffforce.errors import ConvergenceError
+from openmm_diffforce.langevin import DiffusionLangevinIntegrator, independent_then_dynamics
+from openmm_diffforce.models.action import model_fields
+from openmm_diffforce.models.physics import PhysicalModel
+from openmm_diffforce.path_kl import path_divergence
+from openmm_diffforce.project import r_squared
+from openmm_diffforce.schedule import VESchedule
+from openmm_diffforce.step_size import advise_integrator, advise_step, curvature_spectrum
+from openmm_diffforce.systems import forces, graph_from_topology, potential_energies, sample
+from openmm_diffforce.units import thermal_energy
+
+SEED = 50
+KT = thermal_energy(TEMPERATURE)
+RESULTS = Path(__file__).parent / "results"
+
+# train
+N_TRAIN, N_TEST, INTERVAL = 3000, 1000, 300
+SIGMA_MAX = 0.05
+CAPACITIES = ((100, None), (300, None), (1000, None), (3000, None), (3000, 5), (3000, 4))
+"""Training frames, and spline coefficients of every class (None: the defaults, 6 to 14)."""
+
+# Dynamics: overdamped, mass-weighted mobilities.
+FRICTION = 50.0
+STEP = 1e-4
+"""[ps]; chosen by the advisor on training frames: stiffest mode at D dt kappa = 0.8 of 2."""
+
+# adapter
+N_REPEATS = 3000
+
+# bias
+BIAS_STEPS = (2.5e-5, 5e-5, 1e-4, 1.5e-4, 2e-4)
+UNSTABLE_STEP = 4e-4
+BIAS_FRAMES, BIAS_INTERVAL = 3000, 80
+
+# memory
+N_LEARNED, N_CLASSICAL = 4, 8
+MEMORY_FRAMES, MEMORY_INTERVAL = 2000, 100
+N_LAGS = 400
+"""4 ps of 20."""
+
+# paths
+N_PATH_FRAMES = 500
+PATH_STEPS = (2.5e-5, 5e-5, 1e-4, 2e-4)
+
+# starts
+N_STARTS = 100
+START_SIGMA, START_LAST, START_LEVELS = 0.01, 0.0005, 100
+START_STEP = 2.5e-5
+START_FRAMES, START_INTERVAL = 10, 100
+
+
+def _case() -> AlanineCase:
+    return alanine_case("F1", restrain_phi=True)
+
+
+def _frames(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Training frames in shuffled order, and test frames."""
+    with np.load(out / "frames.npz") as kept:
+        return kept["train"], kept["test"]
+
+
+def _model_path(out: Path, n: int, n_coefs: int | None) -> Path:
+    return out / f"model_{n}_{n_coefs or 'default'}.diffforce"
+
+
+def train(out: Path) -> dict:
+    """The frames, the models of every capacity, and how they do on held-out frames."""
+    case = _case()
+    x = sample(
+        case.system_0,
+        case.topology,
+        case.positions,
+        temperature=TEMPERATURE,
+        n_frames=N_TRAIN + N_TEST,
+        interval=INTERVAL,
+        seed=SEED,
+    )
+    shuffled = np.random.default_rng(SEED).permutation(N_TRAIN)
+    np.savez(out / "frames.npz", train=x[:N_TRAIN][shuffled], test=x[N_TRAIN:])
+    frames, test = _frames(out)
+    graph, schedule = graph_from_topology(case.topology), VESchedule(SIGMA_MAX)
+    truth = forces(case.system_0, test)
+    rows = []
+    for n, n_coefs in CAPACITIES:
+        main = (n, n_coefs) == (N_TRAIN, None)
+        # Only the model of the other parts needs more than clean tables.
+        knots = training.default_knots(schedule) if main else (0.0, SIGMA_MAX)
+        changed = {} if n_coefs is None else dict.fromkeys(training.N_COEFS, n_coefs)
+        with mock.patch.dict(training.N_COEFS, changed):
+            fit = training.fit_base_action(
+                frames[:n], graph, sigma_knots=knots, generator=np.random.default_rng(SEED), n_draws=1
+            )
+        model = PhysicalModel(fit.tables, None, schedule)
+        export_artefact(
+            model,
+            _model_path(out, n, n_coefs),
+            graph=graph,
+            schedule=schedule,
+            temperature=TEMPERATURE,
+            frames=frames[:n],
+        )
+        learned = -KT * model_fields(model, test)[1]
+        rows.append(
+            {"n": n, "n_coefs": fit.record["n_coefs"], "per_class": n_coefs, "r2": r_squared(learned, truth)}
+        )
+        print(f"  {rows[-1]}", flush=True)
+    return {"rows": rows}
+
+
+def _brownian(step: float, seed: int) -> openmm.Integrator:
+    integrator = openmm.BrownianIntegrator(TEMPERATURE, FRICTION, step)
+    integrator.setRandomNumberSeed(seed)
+    return integrator
+
+
+def _adapter(step: float, seed: int, **options: Any) -> DiffusionLangevinIntegrator:
+    return DiffusionLangevinIntegrator(TEMPERATURE, FRICTION, step, seed=seed, **options)
+
+
+def _reference() -> openmm.Platform:
+    return openmm.Platform.getPlatformByName("Reference")
+
+
+def _positions(context: openmm.Context) -> np.ndarray:
+    return np.array(context.getState(positions=True).getPositions(asNumpy=True)._value)
+
+
+def adapter(out: Path) -> dict:
+    """The same noise gives the same positions; BrownianIntegrator's steps in distribution."""
+    case = _case()
+    system, x_0 = case.system_0, _frames(out)[1][0]
+    free = openmm.System()
+    for i in range(system.getNumParticles()):
+        free.addParticle(system.getParticleMass(i))
+    integrator = _adapter(STEP, SEED)
+    context = openmm.Context(free, integrator, _reference())
+    context.setPositions(np.zeros_like(x_0))
+    k = integrator.getStiffness(free)[:, None]
+    noise, before = [], np.zeros_like(x_0)
+    for _ in range(1000):
+        integrator.step(1)
+        noise.append((_positions(context) - before) * np.sqrt(k))
+        before = _positions(context)
+    integrator = _adapter(STEP, SEED)
+    context = openmm.Context(system, integrator, _reference())
+    context.setPositions(x_0)
+    worst, x = 0.0, x_0
+    for xi in noise:
+        score = np.array(context.getState(forces=True).getForces(asNumpy=True)._value) / KT
+        x = sampler.harmonic_adapter_step(_positions(context), score, k, xi)
+        integrator.step(1)
+        worst = max(worst, float(np.abs(_positions(context) - x).max()))
+    # Steps from one frame: their mean and variance in every coordinate.
+    k = np.broadcast_to(k, x_0.shape)
+    want = forces(system, x_0)[0] / KT / (2 * k)
+    found: dict[str, Any] = {"same_noise": worst}
+    for name, integrator in (("adapter", _adapter(STEP, 1)), ("brownian", _brownian(STEP, 2))):
+        context = openmm.Context(system, integrator, _reference())
+        moved = np.empty((N_REPEATS, *x_0.shape))
+        for r in range(N_REPEATS):
+            context.setPositions(x_0)
+            integrator.step(1)
+            moved[r] = _positions(context) - x_0
+        z_mean = (moved.mean(axis=0) - want) * np.sqrt(k * N_REPEATS)
+        z_variance = ((moved - want).var(axis=0) * k - 1) / np.sqrt(2 / N_REPEATS)
+        for what, z in (("mean", z_mean), ("variance", z_variance)):
+            found[f"{name}_{what}"] = {
+                "chi2": float((z**2).sum()),
+                "n": z.size,
+                "largest": float(np.abs(z).max()),
+            }
+    return found
+
+
+def _energy_mean(system: openmm.System, integrator: Any, x: np.ndarray) -> dict[str, Any]:
+    """Mean reduced potential energy of a run, its error over 10 blocks, acceptance rate."""
+    context = openmm.Context(system, integrator, _reference())
+    context.setPositions(x)
+    integrator.step(5 * BIAS_INTERVAL * 10)
+    u = np.empty(BIAS_FRAMES)
+    for i in range(BIAS_FRAMES):
+        integrator.step(BIAS_INTERVAL)
+        u[i] = context.getState(energy=True).getPotentialEnergy()._value / KT
+    blocks = u.reshape(10, -1).mean(axis=1)
+    rate = integrator.acceptance_rate if getattr(integrator, "metropolis", False) else None
+    return {"mean": float(u.mean()), "error": float(blocks.std(ddof=1) / np.sqrt(10)), "acceptance": rate}
+
+
+def bias(out: Path) -> dict:
+    """Predicted and measured excess of the potential energy: four Gaussian modes, alanine."""
+    random, kappa, d = np.random.default_rng(SEED), np.array([100.0, 400.0, 900.0, 1000.0]), 1.0
+    toy = []
+    for a in (0.2, 0.5, 1.0, 1.5, 1.9):
+        step = a / (d * kappa.max())
+        advice = advise_step(lambda x: -kappa * x, np.zeros((1, 4)), d, step)
+        x = random.standard_normal((20000, 4)) / np.sqrt(kappa)
+        for _ in range(int(np.ceil(8 / (d * step * kappa.min())))):
+            noise = random.standard_normal(x.shape)
+            x = sampler.harmonic_adapter_step(x, -kappa * x, 1 / (2 * d * step), noise)
+        u = 0.5 * (kappa * x**2).sum(axis=1)
+        toy.append(
+            {
+                "a": a,
+                "predicted": advice.energy_bias,
+                "measured": float(u.mean() - 2.0),
+                "error": float(u.std() / np.sqrt(len(u))),
+            }
+        )
+    case = _case()
+    frames, test = _frames(out)
+    systems = {
+        "amber14": case.system_0,
+        "learned": learned_base_system(case, _model_path(out, N_TRAIN, None)),
+    }
+    # The frames of train in the order of their run: LangevinMiddle has no such bias where it is harmonic.
+    in_order = np.empty_like(frames)
+    in_order[np.random.default_rng(SEED).permutation(N_TRAIN)] = frames
+    u = potential_energies(case.system_0, np.concatenate([in_order, test])) / KT
+    blocks = u[: len(u) // 20 * 20].reshape(20, -1).mean(axis=1)
+    reference = {"mean": float(u.mean()), "error": float(blocks.std(ddof=1) / np.sqrt(20))}
+    print(f"  reference {reference}", flush=True)
+    rows = []
+    for step in (*BIAS_STEPS, UNSTABLE_STEP):
+        row: dict[str, Any] = {"step": step}
+        for name, system in systems.items():
+            integrator = _adapter(step, SEED)
+            advice = advise_integrator(integrator, system, frames[:20])
+            row[name] = {
+                "a": advice.stiffness, "limit": advice.limit, "verdict": advice.verdict,
+                "predicted": advice.energy_bias if advice.verdict != "unstable" else None, "suggested": advice.suggested, "text": str(advice),
+            }  # fmt: skip
+        try:
+            row["raw"] = _energy_mean(case.system_0, _adapter(step, SEED + 2), test[0])
+        except (openmm.OpenMMException, ConvergenceError) as err:
+            row["raw"] = {"mean": float("inf"), "error": 0.0, "said": str(err)}
+        if not np.isfinite(row["raw"]["mean"]):
+            row["raw"] = None  # JSON has no infinity
+        if step in (5e-5, 1e-4):
+            mala = _adapter(step, SEED + 3, metropolis=True, system=case.system_0)
+            row["mala"] = _energy_mean(case.system_0, mala, test[0])
+        rows.append(row)
+        print(f"  {row}", flush=True)
+    spectrum = curvature_spectrum(
+        lambda x: forces(case.system_0, x) / KT, frames[:20], _adapter(STEP, 0).diffusion(case.system_0)
+    )
+    grid = np.linspace(0, 0.95 * 2 / spectrum.largest.max(), 40)
+    figure, (left, right) = analysis.new_figure(2)
+    a = np.linspace(0, 1.93, 60)
+    law = [(0.5 / (1 - 0.5 * v * kappa / kappa.max()) - 0.5).sum() for v in a]
+    left.plot(a, law, color="0.4", label="predicted")
+    left.errorbar(
+        [r["a"] for r in toy],
+        [r["measured"] for r in toy],
+        [r["error"] for r in toy],
+        fmt="o",
+        label="measured",
+    )
+    left.set(
+        xlabel="D dt kappa of the stiffest mode", ylabel="excess energy [kT]", title="four Gaussian modes"
+    )
+    right.plot(grid * 1e3, [spectrum.energy_bias(v) for v in grid], color="0.4", label="predicted")
+    seen = [r for r in rows if r["raw"]]
+    right.errorbar(
+        [r["step"] * 1e3 for r in seen],
+        [r["raw"]["mean"] - reference["mean"] for r in seen],
+        [np.hypot(r["raw"]["error"], reference["error"]) for r in seen],
+        fmt="o",
+        label="measured",
+    )
+    tamed = [r for r in rows if "mala" in r]
+    right.errorbar(
+        [r["step"] * 1e3 for r in tamed],
+        [r["mala"]["mean"] - reference["mean"] for r in tamed],
+        [np.hypot(r["mala"]["error"], reference["error"]) for r in tamed],
+        fmt="s",
+        label="with Metropolis",
+    )
+    right.axhline(0, color="0.8", zorder=0)
+    right.set(xlabel="time step [fs]", title=f"alanine, amber14, friction {FRICTION:g}/ps")
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    (RESULTS / "dynamics_bias.png").write_bytes(analysis.figure_bytes(figure, file_format="png", dpi=100))
+    return {"toy": toy, "reference": reference, "rows": rows}
+
+
+def _observables(x: np.ndarray, case: AlanineCase) -> dict[str, np.ndarray]:
+    """phi and psi as (cos, sin), and the C7 hydrogen bond O(ACE)...H(NME) [nm], per frame."""
+    trajectory = analysis.trajectory_of(x, case.topology)
+    angles = analysis.phi_psi(trajectory)
+    top = trajectory.topology
+    pair = [top.select("resname ACE and name O")[0], top.select("resname NME and name H")[0]]
+    return {
+        "phi": np.stack([np.cos(angles[:, 0]), np.sin(angles[:, 0])], axis=1),
+        "psi": np.stack([np.cos(angles[:, 1]), np.sin(angles[:, 1])], axis=1),
+        "O...H": md.compute_distances(trajectory, [pair]).astype(float),
+        "angles": angles,
+    }
+
+
+def memory(out: Path) -> dict:
+    """The claim: a model that saw shuffled snapshots alone moves with the force field's memory."""
+    case = _case()
+    _, test = _frames(out)
+    learned = learned_base_system(case, _model_path(out, N_TRAIN, None))
+    # Starts: held-out frames, spread over the test run; others for either dynamics.
+    spread = np.linspace(0, N_TEST - 1, N_LEARNED + N_CLASSICAL).astype(int)
+    starts = {"learned": spread[:: (len(spread) - 1) // (N_LEARNED - 1)][:N_LEARNED]}
+    starts["amber14"] = np.array([s for s in spread if s not in starts["learned"]])
+    frames = {}
+    for name, system in (("amber14", case.system_0), ("learned", learned)):
+        path = out / f"memory_{name}.npz"
+        if not path.exists():
+            integrator = _brownian(STEP, SEED + 1) if name == "amber14" else _adapter(STEP, SEED)
+            found = independent_then_dynamics(
+                system,
+                test[starts[name]],
+                integrator,
+                n_frames=MEMORY_FRAMES,
+                interval=MEMORY_INTERVAL,
+                n_equil=20 * MEMORY_INTERVAL,
+                progress=lambda i, n, name=name: print(f"  {name}: run {i} of {n}", flush=True),
+            ).frames
+            np.savez(path, x=found.astype(np.float32))
+        with np.load(path) as kept:
+            frames[name] = kept["x"].astype(np.float64)
+    interval = STEP * MEMORY_INTERVAL
+    seen = {name: [_observables(run, case) for run in x] for name, x in frames.items()}
+    curves, rows = {}, {}
+    for what in ("phi", "psi", "O...H"):
+        for name in seen:
+            series = np.array([run[what] for run in seen[name]])
+            curves[what, name] = analysis.autocorrelation(series, N_LAGS, interval=interval)
+        one, two = curves[what, "learned"], curves[what, "amber14"]
+        lags = [N_LAGS * k // 400 for k in (20, 50, 100, 200, 400)]  # 0.2 to 4 ps
+        z = (one.correlation - two.correlation)[lags] / np.hypot(one.error, two.error)[lags]
+        rows[what] = {
+            "learned": [one.time, one.time_error],
+            "amber14": [two.time, two.time_error],
+            "lags_ps": [float(one.lag[k]) for k in lags],
+            "z": z.tolist(),
+            "curve_learned": one.correlation[lags].tolist(),
+            "curve_amber14": two.correlation[lags].tolist(),
+        }
+    figure, axes = analysis.new_figure(3, width=3.6)
+    for ax, what in zip(axes, ("phi", "psi", "O...H"), strict=True):
+        for name, label in (("amber14", "amber14, Brownian"), ("learned", "learned from snapshots")):
+            c = curves[what, name]
+            ax.plot(c.lag, c.correlation, label=f"{label} ({c.n_runs} runs)")
+            ax.fill_between(c.lag, c.correlation - c.error, c.correlation + c.error, alpha=0.25)
+        ax.axhline(0, color="0.8", zorder=0)
+        ax.set(xlabel="lag [ps]", title=what)
+    axes[0].set_ylabel("autocorrelation")
+    axes[0].legend(frameon=False, fontsize=7)
+    (RESULTS / "dynamics_memory.png").write_bytes(analysis.figure_bytes(figure, file_format="png", dpi=100))
+    angles = {name: [run["angles"] for run in runs] for name, runs in seen.items()}
+    halves = [np.concatenate(angles["amber14"][k::2]) for k in range(2)]  # each as long as learned
+    hot = {}
+    for name, system in (("learned", learned), ("amber14", case.system_0)):
+        every = frames[name].reshape(-1, *test.shape[1:])[
+            :: max(1, frames[name].shape[0] * MEMORY_FRAMES // 300)
+        ]
+        for method in ("laplacian", "virial"):
+            t = analysis.configurational_temperature(every, lambda f, s=system: forces(s, f), method=method)
+            hot[f"{name}, {method}"] = [t.temperature, t.error]
+    pooled = {name: np.concatenate(runs) for name, runs in angles.items()}
+    return {
+        "rows": rows,
+        "jsd_learned": [analysis.jensen_shannon(pooled["learned"], h) for h in halves],
+        "jsd_amber14": [analysis.jensen_shannon(*halves)],
+        "temperature": hot,
+        "runs": {name: len(x) for name, x in frames.items()},
+    }
+
+
+def paths(out: Path) -> dict:
+    """Divergence of paths: a Gaussian with exact terms, and alanine by capacity and step."""
+    random, n = np.random.default_rng(SEED), 20000
+    kappa, d = 100.0, 0.1
+    toy = []
+    for wrong in (1.0, 1.1, 1.3):
+        for step in (0.005, 0.02, 0.05):
+            k = wrong * kappa
+            v = 1 / (k * (1 - d * step * k / 2))
+            x = np.sqrt(v) * random.standard_normal((n, 1))
+            found = path_divergence(lambda x, k=k: -k * x, lambda x: -kappa * x, x, d, step, generator=random)
+            toy.append(
+                {
+                    "wrong": wrong,
+                    "a": d * step * kappa,
+                    "score": found.score,
+                    "score_exact": 0.25 * d * (k - kappa) ** 2 * v,
+                    "discretisation": found.discretisation,
+                    "discretisation_exact": 0.25 * d * kappa**2 * (d**2 * step**2 / 3 * k**2 * v + d * step),
+                }
+            )
+    case = _case()
+    _, test = _frames(out)
+    diffusion = _adapter(STEP, 0).diffusion(case.system_0)
+
+    def reference(x: np.ndarray) -> np.ndarray:
+        return forces(case.system_0, x) / KT
+
+    # The mixed System has the restraint of the reference; a model alone does not.
+    def learned_score(path: Path) -> Any:
+        system = learned_base_system(case, path)
+        return lambda x: forces(system, x) / KT
+
+    pick = np.linspace(0, N_TEST - 1, N_PATH_FRAMES).astype(int)
+    rows = []
+    for size, n_coefs in CAPACITIES:
+        score = learned_score(_model_path(out, size, n_coefs))
+        row: dict[str, Any] = {"n": size, "per_class": n_coefs, "terms": []}
+        for step in PATH_STEPS:
+            found = path_divergence(
+                score, reference, test[pick], diffusion, step, generator=np.random.default_rng(SEED)
+            )
+            row["terms"].append(
+                {
+                    "step": step,
+                    "score": found.score,
+                    "discretisation": found.discretisation,
+                    "total": found.total,
+                }
+            )
+        rows.append(row)
+        print(f"  {row}", flush=True)
+    own = None
+    if (out / "memory_learned.npz").exists():
+        with np.load(out / "memory_learned.npz") as kept:
+            x = kept["x"].astype(np.float64).reshape(-1, *test.shape[1:])
+        found = path_divergence(
+            learned_score(_model_path(out, N_TRAIN, None)), reference, x[:: len(x) // N_PATH_FRAMES],
+            diffusion, STEP, generator=np.random.default_rng(SEED),
+        )  # fmt: skip
+        own = {"score": found.score, "discretisation": found.discretisation, "total": found.total}
+    return {"toy": toy, "rows": rows, "own": own}
+
+
+def _mixture() -> tuple[np.ndarray, np.ndarray, float]:
+    return np.array([[-0.1, 0.0], [0.1, 0.02]]), np.array([0.3, 0.7]), 0.02
+
+
+def _log_density(x: np.ndarray, variance: float) -> np.ndarray:
+    centres, weights, _ = _mixture()
+    away = ((centres - x[:, None]) ** 2).sum(axis=2)
+    return np.log((weights * np.exp(-away / (2 * variance))).sum(axis=1) / (2 * np.pi * variance))
+
+
+def starts(out: Path) -> dict:
+    """Independent samples by diffusion, dynamics from each, reweighting to the force field."""
+    centres, weights, width = _mixture()
+    schedule, random, n = VESchedule(1.0), np.random.default_rng(SEED), 2000
+
+    def score(x: np.ndarray, variance: float) -> np.ndarray:
+        away = centres - x[:, None]
+        log_w = np.log(weights) - (away**2).sum(axis=2) / (2 * variance)
+        w = np.exp(log_w - log_w.max(axis=1, keepdims=True))
+        w /= w.sum(axis=1, keepdims=True)
+        return (w[:, :, None] * away).sum(axis=1) / variance
+
+    y = sampler.prior_frames((n, 2), schedule, 1.0, generator=random, mean=weights @ centres, std=0.09)
+    times = sampler.diffusion_times(schedule, 300, sigma_min=0.004)
+    found = sampler.reverse_sde(
+        lambda y, t: score(y, width**2 + float(schedule.sigma(t)) ** 2), y, schedule, times=times,
+        generator=random, final="keep",
+    )  # fmt: skip
+    x, step = found.samples, 0.1 * width**2
+    from_one = np.tile(centres[1], (n, 1))
+    for _ in range(500):  # the dynamics, from diffusion's samples and from a single basin
+        x = sampler.harmonic_adapter_step(
+            x, score(x, width**2), 1 / (2 * step), random.standard_normal(x.shape)
+        )
+        from_one = sampler.harmonic_adapter_step(
+            from_one, score(from_one, width**2), 1 / (2 * step), random.standard_normal(x.shape)
+        )
+    # Another energy: the left basin 1 kT deeper, the whole shifted.
+    target = -_log_density(x, width**2) - 1.0 * (x[:, 0] < 0) + 0.5 * ((x[:, 1] - 0.01) / 0.03) ** 2
+    weighed = sampler.reweight_samples(target, -_log_density(x, width**2))
+    grid = np.stack(np.meshgrid(np.linspace(-0.25, 0.25, 401), np.linspace(-0.15, 0.15, 401)), -1)
+    g = grid.reshape(-1, 2)
+    p = np.exp(_log_density(g, width**2) + 1.0 * (g[:, 0] < 0) - 0.5 * ((g[:, 1] - 0.01) / 0.03) ** 2)
+    toy = {
+        "left_diffusion": [float((found.samples[:, 0] < 0).mean()), float(np.sqrt(0.21 / n))],
+        "left_dynamics": [float((x[:, 0] < 0).mean()), float(np.sqrt(0.21 / n))],
+        "left_one_basin": float((from_one[:, 0] < 0).mean()),
+        "calls": found.calls,
+        "ess": weighed.effective_samples / n,
+        "left_reweighted": weighed.average((x[:, 0] < 0).astype(float)),
+        "left_target": float(p[g[:, 0] < 0].sum() / p.sum()),
+    }
+    case = _case()
+    frames, test = _frames(out)
+    artefact = load_artefact(_model_path(out, N_TRAIN, None))
+    learned = learned_base_system(case, artefact.path)
+    times = sampler.diffusion_times(
+        artefact.schedule, START_LEVELS, sigma_min=START_LAST, sigma_max=START_SIGMA
+    )
+    random = np.random.default_rng(SEED)
+    clean = frames[:N_STARTS] - frames[:N_STARTS].mean(axis=1, keepdims=True)
+    y = sampler.noise_frames(clean, artefact.schedule, times[0], generator=random, mean_free=True)
+    local = sampler.predictor_corrector(
+        sampler.model_score(artefact.model), y, artefact.schedule, times=times, generator=random,
+        final="denoise", mean_free=True,
+    )  # fmt: skip
+    mala = _adapter(START_STEP, SEED, metropolis=True, system=learned)
+    runs = independent_then_dynamics(
+        learned,
+        local.samples,
+        mala,
+        n_frames=START_FRAMES,
+        interval=START_INTERVAL,
+    )
+
+    def reduced(system: openmm.System, x: np.ndarray) -> np.ndarray:
+        return potential_energies(system, x) / KT
+
+    stages = {}
+    for name, x in (
+        ("noised", y),
+        ("denoised", local.samples),
+        *((f"after {k * START_INTERVAL} steps", runs.frames[:, k - 1]) for k in (1, 5, START_FRAMES)),
+        ("held-out amber14 frames", test[:: N_TEST // N_STARTS]),
+    ):
+        u, s = reduced(case.system_0, x), reduced(learned, x)
+        try:
+            w = sampler.reweight_samples(u, s, min_effective=0)
+            ess = w.effective_samples
+            energy = w.average(u)
+        except ValueError:
+            ess, energy = None, None
+        stages[name] = {
+            "u": [float(u.mean()), float(u.std(ddof=1) / np.sqrt(len(u)))],
+            "s": [float(s.mean()), float(s.std(ddof=1) / np.sqrt(len(s)))],
+            "ess": ess,
+            "u_reweighted": energy,
+        }
+        print(f"  {name} {stages[name]}", flush=True)
+    return {
+        "toy": toy, "stages": stages, "calls": local.calls, "acceptance": runs.acceptance_rate,
+    }  # fmt: skip
+
+
+PARTS = {f.__name__: f for f in (train, adapter, bias, memory, paths, starts)}
+
+
+def _pm(pair: Any, digits: int = 2) -> str:
+    return f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "# Diffusion sampling as dynamics",
+        "",
+        "`python benchmarks/dynamics.py`. Alanine dipeptide in vacuum, amber14, 300 K, phi restrained out of C7ax;",
+        f"one model fitted to {N_TRAIN} snapshots in shuffled order (seed {SEED}). Overdamped dynamics, mobilities",
+        f"1/(m friction), friction {FRICTION:g}/ps, Reference platform; errors are one standard error.",
+    ]
+    if "adapter" in found:
+        a = found["adapter"]
+        lines += [
+            "",
+            "## The adapter step is overdamped Langevin dynamics",
+            "",
+            "Same noise, 1000 steps inside OpenMM against `harmonic_adapter_step`: largest difference of a",
+            f"coordinate {a['same_noise']:.1e} nm. {N_REPEATS} steps from one frame, against N(x + s/(2k), 1/k) in each of",
+            "the 66 coordinates (sum of squared z-scores, expected 66 +- 11):",
+            "",
+            "| | mean: chi^2, largest z | variance: chi^2, largest z |",
+            "|---|---|---|",
+        ]
+        for name, label in (("adapter", "DiffusionLangevinIntegrator"), ("brownian", "BrownianIntegrator")):
+            m, v = a[f"{name}_mean"], a[f"{name}_variance"]
+            lines.append(
+                f"| {label} | {m['chi2']:.0f}, {m['largest']:.1f} | {v['chi2']:.0f}, {v['largest']:.1f} |"
+            )
+    if "bias" in found:
+        b = found["bias"]
+        lines += [
+            "",
+            "## What a time step costs: predicted before the run, measured after it",
+            "",
+            "![Predicted and measured excess energy](dynamics_bias.png)",
+            "",
+            "Four Gaussian modes, 20000 chains:",
+            "",
+            "| D dt kappa of the stiffest | excess energy predicted [kT] | measured [kT] |",
+            "|---|---|---|",
+        ]
+        for r in b["toy"]:
+            lines.append(f"| {r['a']} | {r['predicted']:.3f} | {r['measured']:.3f} +- {r['error']:.3f} |")
+        lines += [
+            "",
+            f"Alanine, amber14. Reference: the frames of the fit (LangevinMiddle, 1 fs), <U> = {_pm([b['reference']['mean'], b['reference']['error']])} kT.",
+            "The advisor saw 20 training frames, the Hessian of amber14 or of the learned action.",
+            "",
+            "| step [fs] | D dt kappa, amber14 (learned) | verdict | excess predicted, amber14 (learned) [kT] | measured [kT] | with Metropolis [kT] | accepted |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for r in b["rows"]:
+
+            def excess(run: dict | None) -> str:
+                if run is None:
+                    return "runs away"
+                error = np.hypot(run["error"], b["reference"]["error"])
+                return f"{run['mean'] - b['reference']['mean']:+.2f} +- {error:.2f}"
+
+            said = [r[name]["predicted"] for name in ("amber14", "learned")]
+            text = ["unstable" if v is None else f"{v:.2f}" for v in said]
+            predicted = f"{text[0]} ({text[1]})"
+            mala = excess(r["mala"]) if "mala" in r else "-"
+            rate = f"{r['mala']['acceptance']:.2f}" if "mala" in r else "-"
+            lines.append(
+                f"| {r['step'] * 1e3:g} | {r['amber14']['a']:.2f} ({r['learned']['a']:.2f}) | "
+                f"{r['amber14']['verdict']} | {predicted} | {excess(r['raw'])} | {mala} | {rate} |"
+            )
+    if "memory" in found:
+        m = found["memory"]
+        lines += [
+            "",
+            "## Trained on shuffled snapshots, run as dynamics",
+            "",
+            "![Autocorrelation of phi, psi and a distance](dynamics_memory.png)",
+            "",
+            f"{m['runs']['learned']} runs of the learned force (DiffusionLangevinIntegrator) and {m['runs']['amber14']} of amber14",
+            f"(BrownianIntegrator), {MEMORY_FRAMES * MEMORY_INTERVAL * STEP:g} ps each at {STEP * 1e3:g} fs, from held-out frames. Relaxation time: integral of the",
+            f"autocorrelation to {N_LAGS * MEMORY_INTERVAL * STEP:g} ps; errors by the jackknife over runs.",
+            "",
+            "| | learned [ps] | amber14 [ps] | z of the difference | z of the curves at 0.2, 0.5, 1, 2, 4 ps |",
+            "|---|---|---|---|---|",
+        ]
+        for what, r in m["rows"].items():
+            one, two = r["learned"], r["amber14"]
+            z = (one[0] - two[0]) / np.hypot(one[1], two[1])
+            each = ", ".join(f"{v:+.1f}" for v in r["z"])
+            lines.append(f"| {what} | {_pm(one, 3)} | {_pm(two, 3)} | {z:+.1f} | {each} |")
+        three = m["jsd_amber14"]
+        mean = [float(np.mean(m["jsd_learned"])), float(np.mean(three))]
+        lines += [
+            "",
+            f"Jensen-Shannon divergence of (phi, psi): learned to two equal sets of amber14 runs {mean[0]:.4f} "
+            f"({', '.join(f'{v:.4f}' for v in m['jsd_learned'])}); between these {mean[1]:.4f} nats.",
+            "Configurational temperature [K] (the step heats the stiff modes in both): "
+            + "; ".join(f"{name} {_pm(v, 0)}" for name, v in m["temperature"].items())
+            + ".",
+        ]
+    if "paths" in found:
+        p = found["paths"]
+        lines += [
+            "",
+            "## Divergence of paths: score error and discretisation error apart",
+            "",
+            "A Gaussian mode (per time; exact terms in brackets):",
+            "",
+            "| stiffness learned / true | D dt kappa | score | discretisation |",
+            "|---|---|---|---|",
+        ]
+        for r in p["toy"]:
+            lines.append(
+                f"| {r['wrong']} | {r['a']:.2f} | {_pm(r['score'], 4)} ({r['score_exact']:.4f}) | "
+                f"{_pm(r['discretisation'], 3)} ({r['discretisation_exact']:.3f}) |"
+            )
+        lines += [
+            "",
+            f"Alanine, nats per ps, {N_PATH_FRAMES} held-out frames. The score error is the model's, whatever the step; the",
+            "discretisation error is amber14's own, whatever the model.",
+            "",
+            "| training frames | coefficients | force R^2 | score error | "
+            + " | ".join(f"total, {1 / s:.0f} steps/ps" for s in PATH_STEPS)
+            + " |",
+            "|---|---|---|---|" + "---|" * len(PATH_STEPS),
+        ]
+        quality = {(r["n"], r["per_class"]): r for r in found.get("train", {}).get("rows", [])}
+        for r in p["rows"]:
+            q = quality.get((r["n"], r["per_class"]))
+            known = f"{q['n_coefs']} | {q['r2']:.4f}" if q else "- | -"
+            totals = " | ".join(_pm(t["total"], 0) for t in r["terms"])
+            lines.append(f"| {r['n']} | {known} | {_pm(r['terms'][0]['score'], 1)} | {totals} |")
+        steps = " | ".join(_pm(t["discretisation"], 0) for t in p["rows"][-1]["terms"])
+        lines.append(f"| discretisation alone | | | 0 | {steps} |")
+        if p["own"]:
+            o = p["own"]
+            lines += [
+                "",
+                f"On frames of the learned dynamics itself ({STEP * 1e3:g} fs, {N_TRAIN} training frames): score "
+                f"{_pm(o['score'], 1)}, discretisation {_pm(o['discretisation'], 0)}, total {_pm(o['total'], 0)} nats per ps.",
+            ]
+    if "starts" in found:
+        s, t = found["starts"], found["starts"]["toy"]
+        lines += [
+            "",
+            "## Independent samples by diffusion, dynamics from each, reweighting",
+            "",
+            "Two basins in the plane, weights 0.3 and 0.7, a barrier that 500 steps of dynamics rarely cross; 2000 samples:",
+            "",
+            "| | weight of the left basin |",
+            "|---|---|",
+            f"| reverse SDE from the prior ({t['calls']} calls) | {_pm(t['left_diffusion'], 3)} |",
+            f"| the same after 500 steps of dynamics | {_pm(t['left_dynamics'], 3)} |",
+            f"| dynamics alone, started in the right basin | {t['left_one_basin']:.3f} |",
+            f"| reweighted to another energy (effective samples {t['ess']:.0%}; exact {t['left_target']:.3f}) | {_pm(t['left_reweighted'], 3)} |",
+            "",
+            f"Alanine: {N_STARTS} training frames noised to {START_SIGMA} nm and denoised ({s['calls']} score calls, predictor-corrector),",
+            f"then Metropolis-corrected dynamics on the learned action at {START_STEP * 1e3:g} fs ({s['acceptance']:.0%} accepted), reweighted to amber14:",
+            "",
+            f"| | U(amber14) [kT] | effective samples of {N_STARTS} | U reweighted [kT] |",
+            "|---|---|---|---|",
+        ]
+        for name, r in s["stages"].items():
+            sampled = name.startswith("after")
+            ess = f"{r['ess']:.0f}" if sampled else "-"
+            energy = _pm(r["u_reweighted"], 1) if sampled else "-"
+            lines.append(f"| {name} | {_pm(r['u'], 1)} | {ess} | {energy} |")
+    return lines
+
+
+if __name__ == "__main__":
+    run_parts("dynamics", __doc__, PARTS, table)
