@@ -16,6 +16,7 @@ from unittest import mock
 import mdtraj as md
 import numpy as np
 import openmm
+import torch
 from parts import run_parts
 
 from openmm_diffforce import analysis, sampler, training
@@ -29,8 +30,10 @@ from openmm_diffforce.models.physics import PhysicalModel
 from openmm_diffforce.path_kl import path_divergence
 from openmm_diffforce.project import r_squared
 from openmm_diffforce.schedule import VESchedule
+from openmm_diffforce.scores import noise_grid, score_of
 from openmm_diffforce.step_size import advise_integrator, advise_step, curvature_spectrum
 from openmm_diffforce.systems import forces, graph_from_topology, potential_energies, sample
+from openmm_diffforce.testing import GaussianMixture
 from openmm_diffforce.units import thermal_energy
 
 SEED = 50
@@ -475,27 +478,23 @@ def starts(out: Path) -> dict:
     centres, weights, width = _mixture()
     schedule, random, n = VESchedule(1.0), np.random.default_rng(SEED), 2000
 
-    def score(x: np.ndarray, variance: float) -> np.ndarray:
-        away = centres - x[:, None]
-        log_w = np.log(weights) - (away**2).sum(axis=2) / (2 * variance)
-        w = np.exp(log_w - log_w.max(axis=1, keepdims=True))
-        w /= w.sum(axis=1, keepdims=True)
-        return (w[:, :, None] * away).sum(axis=1) / variance
+    mixture = GaussianMixture(centres, width**2, weights=weights)
 
-    y = sampler.prior_frames((n, 2), schedule, 1.0, generator=random, mean=weights @ centres, std=0.09)
-    times = sampler.diffusion_times(schedule, 300, sigma_min=0.004)
+    def score(x: np.ndarray) -> np.ndarray:
+        clean = mixture.score(schedule)
+        return clean(torch.as_tensor(x), torch.zeros(len(x), dtype=torch.float64)).numpy()
+
+    y = sampler.prior_frames((n, 2), schedule, 1.0, generator=random, prior=mixture.prior())
+    times = noise_grid(schedule, 300, kind="log", sigma_min=0.004)
     found = sampler.reverse_sde(
-        lambda y, t: score(y, width**2 + float(schedule.sigma(t)) ** 2), y, schedule, times=times,
-        generator=random, final="keep",
-    )  # fmt: skip
+        mixture.score(schedule), y, schedule, times=times, generator=random, final="keep"
+    )
     x, step = found.samples, 0.1 * width**2
     from_one = np.tile(centres[1], (n, 1))
     for _ in range(500):  # the dynamics, from diffusion's samples and from a single basin
-        x = sampler.harmonic_adapter_step(
-            x, score(x, width**2), 1 / (2 * step), random.standard_normal(x.shape)
-        )
+        x = sampler.harmonic_adapter_step(x, score(x), 1 / (2 * step), random.standard_normal(x.shape))
         from_one = sampler.harmonic_adapter_step(
-            from_one, score(from_one, width**2), 1 / (2 * step), random.standard_normal(x.shape)
+            from_one, score(from_one), 1 / (2 * step), random.standard_normal(x.shape)
         )
     # Another energy: the left basin 1 kT deeper, the whole shifted.
     target = -_log_density(x, width**2) - 1.0 * (x[:, 0] < 0) + 0.5 * ((x[:, 1] - 0.01) / 0.03) ** 2
@@ -516,15 +515,15 @@ def starts(out: Path) -> dict:
     frames, test = _frames(out)
     artefact = load_artefact(_model_path(out, N_TRAIN, None))
     learned = learned_base_system(case, artefact.path)
-    times = sampler.diffusion_times(
-        artefact.schedule, START_LEVELS, sigma_min=START_LAST, sigma_max=START_SIGMA
+    times = noise_grid(
+        artefact.schedule, START_LEVELS, kind="log", sigma_min=START_LAST, sigma_max=START_SIGMA
     )
     random = np.random.default_rng(SEED)
     clean = frames[:N_STARTS] - frames[:N_STARTS].mean(axis=1, keepdims=True)
-    y = sampler.noise_frames(clean, artefact.schedule, times[0], generator=random, mean_free=True)
+    y = sampler.noise_frames(clean, artefact.schedule, times[-1], generator=random)
     local = sampler.predictor_corrector(
-        sampler.model_score(artefact.model), y, artefact.schedule, times=times, generator=random,
-        final="denoise", mean_free=True,
+        score_of(artefact.model), y, artefact.schedule, times=times, generator=random,
+        final="denoise",
     )  # fmt: skip
     mala = _adapter(START_STEP, SEED, metropolis=True, system=learned)
     runs = independent_then_dynamics(

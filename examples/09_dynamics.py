@@ -65,12 +65,12 @@ analysis.phi_psi_figure({"learned dynamics": angles}).savefig(out / "phi_psi.png
 # 4. Independent starts: frames noised to 0.01 nm and denoised by the model, then dynamics from each,
 #    with a Metropolis correction: its ensemble is exactly that of the learned action.
 schedule, random = learned.artefact.schedule, np.random.default_rng(3)
-times = df.diffusion_times(schedule, 60, sigma_min=0.0005, sigma_max=0.01)
+times = df.noise_grid(schedule, 60, kind="log", sigma_min=0.0005, sigma_max=0.01)
 clean = frames[: arguments.starts] - frames[: arguments.starts].mean(axis=1, keepdims=True)
-noised = df.noise_frames(clean, schedule, times[0], generator=random, mean_free=True)
+noised = df.noise_frames(clean, schedule, times[-1], generator=random)
 local = df.predictor_corrector(
-    df.model_score(learned.artefact.model), noised, schedule, times=times, generator=random,
-    final="denoise", mean_free=True,
+    df.score_of(learned.artefact.model), noised, schedule, times=times, generator=random,
+    final="denoise",
 )  # fmt: skip
 exact = df.DiffusionLangevinIntegrator(
     kelvin, per_ps, 0.02 * unit.femtosecond, metropolis=True, system=system, learned=learned, seed=4

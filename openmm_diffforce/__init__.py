@@ -52,9 +52,7 @@ if TYPE_CHECKING:
     from .path_kl import path_divergence as path_divergence
     from .posterior_bridge import run_posterior_bridge as run_posterior_bridge
     from .reporters import DomainReporter as DomainReporter
-    from .sampler import diffusion_times as diffusion_times
     from .sampler import harmonic_adapter_step as harmonic_adapter_step
-    from .sampler import model_score as model_score
     from .sampler import noise_frames as noise_frames
     from .sampler import predictor_corrector as predictor_corrector
     from .sampler import prior_frames as prior_frames
@@ -65,6 +63,7 @@ if TYPE_CHECKING:
     from .schedule import VPSchedule as VPSchedule
     from .scores import GaussianPrior as GaussianPrior
     from .scores import matched_prior as matched_prior
+    from .scores import noise_grid as noise_grid
     from .scores import score_of as score_of
     from .step_size import advise_integrator as advise_integrator
     from .step_size import advise_step as advise_step
@@ -97,7 +96,6 @@ _HOME = {
     "advise_integrator": "step_size",
     "advise_step": "step_size",
     "alanine_case": "alanine",
-    "diffusion_times": "sampler",
     "examine_model": "models.examine",
     "export_artefact": "artefact",
     "fit_labels": "labels",
@@ -114,8 +112,8 @@ _HOME = {
     "matched_prior": "scores",
     "mix": "force",
     "model_fields": "models.action",
-    "model_score": "sampler",
     "noise_frames": "sampler",
+    "noise_grid": "scores",
     "noise_poses": "docking.rigid",
     "noisy_operator_bridge": "bridge",
     "pair_splines": "pair_features",

@@ -63,6 +63,7 @@ from .scores import (
     log_prior,
     matched_prior,
     prior_axes,
+    prior_draws,
     prior_mean,
     prior_vectors,
     score_of,
@@ -872,16 +873,12 @@ def sample_with_energy(
     nodes = TimeGrid.of(schedule, time_nodes(grid, schedule, n_steps, sigma_min, sigma_max))
     chosen = check_prior(prior, schedule, space)
     key = int(generator.integers(2**62))
-    axes = torch.as_tensor(prior_vectors(chosen, space))
-    _, variance = prior_axes(chosen, space, np.zeros((1, space.size)))
-    spread = np.sqrt(nodes.alpha[-1] ** 2 * variance + nodes.sigma[-1] ** 2)
     n_steps = len(nodes.t) - 1
     done, total = 0, n_steps * -(-n_frames // batch_size)
     found, values, errors = [], [], []
     for low in range(0, n_frames, batch_size):
         noise = RowNoise(key, range(low, min(low + batch_size, n_frames)), space.size)
-        y = noise.normal() @ axes * torch.as_tensor(spread) @ axes.T
-        y = y + nodes.alpha[-1] * torch.as_tensor(prior_mean(chosen, space))
+        y = prior_draws(chosen, space, noise.normal(), nodes.alpha[-1], nodes.sigma[-1])
         value = torch.as_tensor(log_prior(chosen, space, y, nodes.alpha[-1], nodes.sigma[-1]))
         square = torch.zeros_like(value)
         before = torch.zeros_like(y)

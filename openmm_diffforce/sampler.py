@@ -12,7 +12,7 @@ z = y / alpha, where every schedule is variance exploding with tau = sigma / alp
 symbol                code                                  unit
 ====================  ====================================  =============
 y                     noised coordinates ``y``              nm
-s = grad ln p_t(y)    ``score(y, t)``, shaped like y        1/nm
+s = grad ln p_t(y)    ``score(y, t)``, torch, like y        1/nm
 tau = sigma / alpha   ``schedule.noise_to_signal(t)``       nm
 k                     ``stiffness``, reduced                1/nm^2
 ====================  ====================================  =============
@@ -23,20 +23,17 @@ inside OpenMM it is :class:`~openmm_diffforce.langevin.DiffusionLangevinIntegrat
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from openmm import unit
 
 from .errors import ConvergenceError, InputError, PoorOverlapError
-from .models.action import model_fields
 from .schedule import NoiseSchedule
+from .scores import FloatArray, Score, ScoreSpace, TimeGrid, check_prior, prior_draws, score_space
 from .units import to_md
-
-FloatArray = np.ndarray
-Score = Callable[[FloatArray, float], Any]
 
 FINAL = ("denoise", "keep")
 """What is done with the noise that is left at the last time: see :class:`DiffusionSamples`."""
@@ -53,7 +50,7 @@ class DiffusionSamples:
     calls : int
         Evaluations of the score, each on the whole batch.
     times : [n_steps + 1]
-        Diffusion times, falling.
+        Diffusion times, as they were given.
     residual_noise : float
         Noise level [nm] that the samples still carry (0 after "denoise": there the mean of x
         given the last z was taken, whose variance is too small by what is left out).
@@ -63,33 +60,6 @@ class DiffusionSamples:
     calls: int
     times: FloatArray
     residual_noise: float
-
-
-def model_score(model: Any, *, lam: float = 0.0) -> Score:
-    """The score -dS/dx of a model as ``score(y, t)``, for the samplers of this module.
-
-    Parameters
-    ----------
-    model : ActionModel, ScoreModel or TorchScript of one
-        E.g. ``load_artefact(path).model``.
-    lam : float
-
-    Returns
-    -------
-    callable
-        ``score(y[n_frames, n_atoms, 3] nm, t) -> [n_frames, n_atoms, 3]`` [1/nm].
-
-    Examples
-    --------
-    >>> import torch
-    >>> from openmm_diffforce.models import AutogradAction
-    >>> class Spring(torch.nn.Module):
-    ...     def forward(self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-    ...         return 50.0 * (x**2).sum(2).sum(1)
-    >>> model_score(AutogradAction(Spring()))(np.full((1, 1, 3), 0.1), 0.0).round(9).tolist()
-    [[[-10.0, -10.0, -10.0]]]
-    """
-    return lambda y, t: -model_fields(model, y, t=t, lam=lam)[1]
 
 
 def harmonic_adapter_step(x: Any, score: Any, stiffness: Any, noise: Any) -> FloatArray:
@@ -164,58 +134,13 @@ def harmonic_adapter_step(x: Any, score: Any, stiffness: Any, noise: Any) -> Flo
     return np.asarray(out)
 
 
-def diffusion_times(
-    schedule: NoiseSchedule, n_steps: int, *, sigma_min: Any, sigma_max: Any = None, spacing: str = "log"
-) -> FloatArray:
-    """Falling grid of diffusion times for a sampler.
-
-    Parameters
-    ----------
-    schedule : VESchedule or VPSchedule
-    n_steps : int
-    sigma_min : float or Quantity
-        Noise-to-signal ratio at the last time [nm], above zero: the score has no limit at t = 0
-        for samples that are not clean already.
-    sigma_max : float or Quantity, optional
-        At the first time [nm]; by default that of t = 1.
-    spacing : {"log", "time"}
-        Steps of equal ratio in sigma/alpha, or equal in t.
-
-    Returns
-    -------
-    [n_steps + 1]
-
-    Raises
-    ------
-    InputError, UnitsError
-        For counts, levels or a spacing that do not fit.
-
-    Examples
-    --------
-    >>> from openmm_diffforce.schedule import VESchedule
-    >>> diffusion_times(VESchedule(0.05), 2, sigma_min=0.0005).round(4).tolist()
-    [1.0, 0.3162, 0.1]
-    """
-    if not isinstance(n_steps, int | np.integer) or isinstance(n_steps, bool) or n_steps < 1:
-        raise InputError(f"n_steps: expected an integer >= 1, found {n_steps!r}.")
-    first = 1.0 if sigma_max is None else schedule.t_of_sigma(sigma_max)
-    last = schedule.t_of_sigma(sigma_min)
-    if not 0 < last < first:
-        raise InputError(
-            f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max [nm], found {sigma_min!r} and "
-            f"{'that of t = 1' if sigma_max is None else repr(sigma_max)}."
-        )
-    if spacing == "time":
-        return np.linspace(first, last, n_steps + 1)
-    if spacing != "log":
-        raise InputError(f'spacing: expected "log" or "time", found {spacing!r}.')
-    high, low = (float(schedule.noise_to_signal(t)) for t in (first, last))
-    inner = np.geomspace(high, low, n_steps + 1)[1:-1]
-    return np.array([first, *(schedule.t_of_sigma(v) for v in inner), last])
-
-
 def noise_frames(
-    x: Any, schedule: NoiseSchedule, t: float, *, generator: np.random.Generator, mean_free: bool = False
+    x: Any,
+    schedule: NoiseSchedule,
+    t: float,
+    *,
+    generator: np.random.Generator,
+    mean_free: bool | None = None,
 ) -> FloatArray:
     """y = alpha x + sigma eps [nm]: the start of a local diffusion, from frames that are there.
 
@@ -227,8 +152,8 @@ def noise_frames(
     t : float
         Diffusion time.
     generator : numpy.random.Generator
-    mean_free : bool
-        Noise without a mean over atoms (a free molecule).
+    mean_free : bool, optional
+        Noise without a mean over atoms (a free molecule); by default for frames of atoms.
 
     Raises
     ------
@@ -236,18 +161,18 @@ def noise_frames(
         If frames or t are unusable.
     """
     frames = _array("x", to_md(x, unit.nanometer, name="x"))
-    _check_batch("x", frames, mean_free)
-    eps = _centred(generator.standard_normal(frames.shape), mean_free)
+    space = _space(None, "x", frames, mean_free)
+    eps = _project(space, generator.standard_normal(frames.shape))
     return np.asarray(float(schedule.alpha(t)) * frames + float(schedule.sigma(t)) * eps)
 
 
 def prior_frames(
     shape: tuple[int, ...], schedule: NoiseSchedule, t: float, *, generator: np.random.Generator,
-    mean: Any = 0.0, std: Any = 0.0, mean_free: bool = False,
+    prior: Any = "standard", mean_free: bool | None = None,
 ) -> FloatArray:  # fmt: skip
-    r"""Draws of the moment-matched Gaussian prior at time t: the start of a complete diffusion.
+    r"""Draws of the Gaussian prior at time t: the start of a complete diffusion.
 
-    .. math:: y \sim N(\alpha_t m,\; \sigma_t^2 + \alpha_t^2 v)
+    .. math:: y \sim N(\alpha_t m,\; \sigma_t^2 + \alpha_t^2 C)
 
     Parameters
     ----------
@@ -256,75 +181,62 @@ def prior_frames(
     schedule : VESchedule or VPSchedule
     t : float
     generator : numpy.random.Generator
-    mean, std : float or array that broadcasts against one frame
-        m and sqrt(v) of the data [nm].
-    mean_free : bool
-        As in :func:`noise_frames`; give ``std`` as one number then.
+    prior : "standard" or GaussianPrior
+        Mean m and covariance C of the data: :func:`~openmm_diffforce.scores.matched_prior` of frames.
+    mean_free : bool, optional
+        As in :func:`noise_frames`.
 
     Raises
     ------
     InputError
-        If shape, mean or std are unusable.
+        If shape or prior are unusable.
     """
     if len(shape) < 2 or min(shape) < 1:
         raise InputError(f"shape: expected (n, n_atoms, 3) or (n, d) without a zero, found {shape}.")
-    m, v = (_array(n, to_md(a, unit.nanometer, name=n)) for n, a in (("mean", mean), ("std", std)))
-    if (v < 0).any():
-        raise InputError(f"std: expected numbers >= 0 [nm], found {float(v.min())!r}.")
-    alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
-    draws = np.zeros(shape)
-    _check_batch("shape", draws, mean_free)
-    try:
-        draws += alpha * m + np.sqrt(sigma**2 + (alpha * v) ** 2) * generator.standard_normal(shape)
-    except ValueError as err:
-        raise InputError(f"mean, std: expected shapes that broadcast to {shape[1:]} ({err}).") from err
-    return _centred(draws, mean_free)
+    space = _space(None, "shape", np.zeros(shape), mean_free)
+    noise = torch.as_tensor(generator.standard_normal((shape[0], space.size)))
+    grid = TimeGrid.of(schedule, np.array([float(t)]))
+    draws = prior_draws(check_prior(prior, schedule, space), space, noise, grid.alpha[0], grid.sigma[0])
+    return np.asarray(draws.numpy().reshape(shape))
 
 
 class _Walk:
     """A batch on its way down the noise levels, in z = y / alpha; counts what it asks the score."""
 
     def __init__(
-        self, score: Score, y: Any, schedule: NoiseSchedule, times: Any, final: str, mean_free: bool
+        self, score: Score, y: Any, schedule: NoiseSchedule, times: Any, final: str, mean_free: bool | None
     ) -> None:
-        if not callable(score):
-            raise InputError(f"score: expected a callable score(y, t), found {type(score).__name__}.")
         if final not in FINAL:
             raise InputError(f'final: expected "denoise" or "keep", found {final!r}.')
         y = _array("y", to_md(y, unit.nanometer, name="y"))
-        _check_batch("y", y, mean_free)
+        self.space = _space(score, "y", y, mean_free)
+        self.shape, self.final = y.shape, final
         self.times = _array("times", times)
-        if self.times.ndim != 1 or len(self.times) < 2 or not (np.diff(self.times) < 0).all():
-            raise InputError(f"times: expected at least two falling diffusion times, found {times!r}.")
-        if not self.times[-1] > 0:
+        if self.times.ndim != 1 or len(self.times) < 2 or not (np.diff(self.times) > 0).all():
             raise InputError(
-                "times: expected a last time above 0, where there is still noise to tell the score from; "
-                "choose a small one and final='denoise'."
+                f"times: expected at least two increasing diffusion times (noise_grid), found {times!r}."
             )
-        self.score, self.schedule, self.final, self.mean_free = score, schedule, final, mean_free
-        self.alphas = schedule.alpha(self.times).numpy()
-        self.taus = schedule.noise_to_signal(self.times).numpy()
-        self.z = _centred(y / self.alphas[0], mean_free)
+        if not self.times[0] > 0:
+            raise InputError(
+                "times: expected a first time above 0, where there is still noise to tell the score from; "
+                "choose a small sigma_min and final='denoise'."
+            )
+        grid = TimeGrid.of(schedule, self.times[::-1].copy())
+        self.alphas, self.taus, self.t = grid.alpha, grid.tau, grid.t
+        self.z = _project(self.space, y / self.alphas[0])
         self.calls = 0
 
     def score_z(self, z: FloatArray, i: int) -> FloatArray:
-        """s_z(z) at the i-th time."""
+        """s_z(z) at the i-th level."""
         self.calls += 1
-        s = np.asarray(self.score(self.alphas[i] * z, float(self.times[i])), dtype=np.float64)
-        if s.shape != z.shape:
-            raise InputError(f"score: expected a result of shape {z.shape}, found {s.shape}.")
-        if not np.isfinite(s).all():
-            raise ConvergenceError(
-                f"score: expected finite numbers at t = {self.times[i]:.4g} (noise {self.taus[i]:.4g} nm), "
-                "found others; the samples left the range of the model, or it is not made for this t."
-            )
-        return _centred(self.alphas[i] * s, self.mean_free)
+        rows = torch.as_tensor(self.alphas[i] * z).reshape(len(z), -1)
+        return np.asarray(self.alphas[i] * self.space.at(rows, float(self.t[i])).numpy().reshape(self.shape))
 
     def noise(self, generator: np.random.Generator) -> FloatArray:
-        return _centred(generator.standard_normal(self.z.shape), self.mean_free)
+        return _project(self.space, generator.standard_normal(self.shape))
 
     def reverse_step(self, i: int, generator: np.random.Generator) -> None:
-        """From time i to i + 1: the exact posterior of z if x were its mean."""
+        """From level i to i + 1: the exact posterior of z if x were its mean."""
         high, low = self.taus[i], self.taus[i + 1]
         drop = high**2 - low**2
         self.z = self.z + drop * self.score_z(self.z, i)
@@ -333,7 +245,7 @@ class _Walk:
     def result(self) -> DiffusionSamples:
         x, left = self.z, float(self.taus[-1])
         if self.final == "denoise":
-            x, left = x + left**2 * self.score_z(x, len(self.times) - 1), 0.0
+            x, left = x + left**2 * self.score_z(x, len(self.t) - 1), 0.0
         if not np.isfinite(x).all():
             raise ConvergenceError("samples: expected finite numbers, found others; take more steps.")
         return DiffusionSamples(x, self.calls, self.times, left)
@@ -347,7 +259,7 @@ def reverse_sde(
     times: Any,
     generator: np.random.Generator,
     final: str,
-    mean_free: bool = False,
+    mean_free: bool | None = None,
 ) -> DiffusionSamples:
     r"""Ancestral sampling: the reverse SDE, each step the posterior of the less noised frame.
 
@@ -359,20 +271,21 @@ def reverse_sde(
     Parameters
     ----------
     score : callable
-        ``score(y, t)`` = grad ln p_t(y) [1/nm], shaped like y; ``t`` is a float. See
-        :func:`model_score`.
+        ``score(y, t [n]) -> s``, torch tensors: grad ln p_t(y) [1/nm], shaped like y
+        (:func:`~openmm_diffforce.scores.score_of` makes one of a model).
     y : float array [n, n_atoms, 3] or [n, d]
-        Noised frames at ``times[0]`` [nm]: :func:`prior_frames`, or :func:`noise_frames` for a
+        Noised frames at ``times[-1]`` [nm]: :func:`prior_frames`, or :func:`noise_frames` for a
         diffusion about frames that are there.
     schedule : VESchedule or VPSchedule
     times : float array [n_steps + 1]
-        Falling diffusion times, the last above 0: :func:`diffusion_times`.
+        Diffusion times, increasing from above 0 and walked from the last to the first:
+        :func:`~openmm_diffforce.scores.noise_grid`.
     generator : numpy.random.Generator
     final : {"denoise", "keep"}
-        At the last time: take the mean of x given z, ``z + tau^2 s_z`` (one more call; sharp, and
+        At the end: take the mean of x given z, ``z + tau^2 s_z`` (one more call; sharp, and
         too narrow by the variance that the mean has lost), or keep z with its noise tau.
-    mean_free : bool
-        For a free molecule: start, noise and score without their mean over atoms.
+    mean_free : bool, optional
+        Start, noise and score without their mean over atoms; by default for frames of atoms.
 
     Returns
     -------
@@ -382,7 +295,7 @@ def reverse_sde(
     ------
     InputError, UnitsError
         For shapes, times or options that do not fit.
-    ConvergenceError
+    ModelError, ConvergenceError
         If score or samples are no longer finite.
 
     References
@@ -395,23 +308,24 @@ def reverse_sde(
     A Gaussian of width 0.02 nm, from noise alone:
 
     >>> from openmm_diffforce.schedule import VESchedule
+    >>> from openmm_diffforce.scores import noise_grid
     >>> schedule, random = VESchedule(0.5), np.random.default_rng(1)
-    >>> score = lambda y, t: -y / (0.02**2 + float(schedule.sigma(t)) ** 2)
+    >>> score = lambda y, t: -y / (0.02**2 + schedule.sigma(t)[:, None] ** 2)
     >>> y = prior_frames((4000, 2), schedule, 1.0, generator=random)
-    >>> times = diffusion_times(schedule, 300, sigma_min=0.001)
+    >>> times = noise_grid(schedule, 300, kind="log", sigma_min=0.001)
     >>> found = reverse_sde(score, y, schedule, times=times, generator=random, final="keep")
     >>> found.calls, bool(abs(found.samples.std() - 0.02) < 0.001)
     (300, True)
     """
     walk = _Walk(score, y, schedule, times, final, mean_free)
-    for i in range(len(walk.times) - 1):
+    for i in range(len(walk.t) - 1):
         walk.reverse_step(i, generator)
     return walk.result()
 
 
 def probability_flow(
     score: Score, y: Any, schedule: NoiseSchedule, *, times: Any, final: str, method: str = "heun",
-    mean_free: bool = False,
+    mean_free: bool | None = None,
 ) -> DiffusionSamples:  # fmt: skip
     r"""Deterministic sampling: the probability-flow ODE, which has the reverse SDE's marginals.
 
@@ -432,7 +346,7 @@ def probability_flow(
     ------
     InputError, UnitsError
         For shapes, times or options that do not fit.
-    ConvergenceError
+    ModelError, ConvergenceError
         If score or samples are no longer finite.
 
     References
@@ -442,7 +356,7 @@ def probability_flow(
     if method not in ("heun", "euler"):
         raise InputError(f'method: expected "heun" or "euler", found {method!r}.')
     walk = _Walk(score, y, schedule, times, final, mean_free)
-    for i in range(len(walk.times) - 1):
+    for i in range(len(walk.t) - 1):
         step = walk.taus[i + 1] - walk.taus[i]
         slope = -walk.taus[i] * walk.score_z(walk.z, i)
         if method == "heun":
@@ -462,7 +376,7 @@ def predictor_corrector(
     final: str,
     n_corrector: int = 1,
     corrector_step: float = 0.2,
-    mean_free: bool = False,
+    mean_free: bool | None = None,
 ) -> DiffusionSamples:
     r"""Reverse steps, each followed by Langevin steps at the level reached.
 
@@ -486,7 +400,7 @@ def predictor_corrector(
     ------
     InputError, UnitsError
         For shapes, times or options that do not fit.
-    ConvergenceError
+    ModelError, ConvergenceError
         If score or samples are no longer finite.
 
     References
@@ -501,7 +415,7 @@ def predictor_corrector(
             "steps are unstable."
         )
     walk = _Walk(score, y, schedule, times, final, mean_free)
-    for i in range(len(walk.times) - 1):
+    for i in range(len(walk.t) - 1):
         walk.reverse_step(i, generator)
         k = 1.0 / (2.0 * corrector_step * walk.taus[i + 1] ** 2)
         for _ in range(n_corrector):
@@ -615,14 +529,15 @@ def _array(name: str, value: Any, shape: tuple[int, ...] | None = None) -> Float
     return out
 
 
-def _check_batch(name: str, y: FloatArray, mean_free: bool) -> None:
+def _space(score: Any, name: str, y: FloatArray, mean_free: bool | None) -> ScoreSpace:
+    """Where a batch lives; a score that is not asked may be None."""
     if y.ndim not in (2, 3) or 0 in y.shape or (y.ndim == 3 and y.shape[-1] != 3):
         raise InputError(f"{name}: expected [n, n_atoms, 3] or [n, d], not empty, found shape {y.shape}.")
-    if mean_free and (y.ndim != 3 or y.shape[1] < 2):
-        raise InputError(
-            f"mean_free: expected frames [n, n_atoms >= 2, 3], whose mean over atoms goes; found {y.shape}."
-        )
+    return score_space(
+        (lambda y, t: y) if score is None else score, y.shape[1:], mean_free=mean_free, divergence="exact",
+        n_probes=1, difference=None, dtype=torch.float64,
+    )  # fmt: skip
 
 
-def _centred(v: FloatArray, mean_free: bool) -> FloatArray:
-    return np.asarray(v - v.mean(axis=-2, keepdims=True)) if mean_free else v
+def _project(space: ScoreSpace, v: FloatArray) -> FloatArray:
+    return np.asarray(space.project(torch.as_tensor(v).reshape(len(v), -1)).numpy().reshape(v.shape))

@@ -547,6 +547,16 @@ def prior_vectors(prior: GaussianPrior, space: ScoreSpace) -> FloatArray:
     return prior_axes(prior, space, np.eye(space.size))[0]
 
 
+def prior_draws(
+    prior: GaussianPrior, space: ScoreSpace, normal: Tensor, alpha: float, sigma: float
+) -> Tensor:
+    """Rows [n, size] of N(alpha m, alpha^2 C + sigma^2) in the space, from standard normal numbers."""
+    axes = torch.as_tensor(prior_vectors(prior, space))
+    _, variance = prior_axes(prior, space, np.zeros((1, space.size)))
+    spread = torch.as_tensor(np.sqrt(alpha**2 * variance + sigma**2))
+    return normal @ axes * spread @ axes.T + alpha * torch.as_tensor(prior_mean(prior, space))
+
+
 def score_space(
     score: Any, shape: tuple[int, ...], *, mean_free: bool | None, divergence: str, n_probes: int,
     difference: Any, dtype: torch.dtype,

@@ -5,34 +5,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from openmm import unit
 
 from openmm_diffforce import sampler
-from openmm_diffforce.errors import ConvergenceError, InputError, PoorOverlapError, UnitsError
+from openmm_diffforce.errors import InputError, ModelError, PoorOverlapError, UnitsError
 from openmm_diffforce.models.action import model_fields
 from openmm_diffforce.schedule import VESchedule, VPSchedule
+from openmm_diffforce.scores import GaussianPrior, noise_grid, score_of
+from openmm_diffforce.testing import GaussianMixture
 
 from . import tiny
 
 SCHEDULES = {"VE": VESchedule(0.5), "VP": VPSchedule(length=0.1)}
 MEAN, STD = np.array([0.03, -0.01]), np.array([0.02, 0.05])
-
-
-def gaussian_score(schedule: Any) -> sampler.Score:
-    """Of N(MEAN, STD^2), noised."""
-
-    def score(y: np.ndarray, t: float) -> np.ndarray:
-        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
-        return -(y - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2)
-
-    return score
+GAUSSIAN = GaussianMixture([MEAN], [np.diag(STD**2)])
 
 
 def sample(kind: str, method: str, n: int, *, final: str = "keep", seed: int = 1) -> Any:
     schedule, random = SCHEDULES[kind], np.random.default_rng(seed)
-    times = sampler.diffusion_times(schedule, 400, sigma_min=0.005)
-    y = sampler.prior_frames((n, 2), schedule, 1.0, generator=random, mean=MEAN, std=STD)
-    score = gaussian_score(schedule)
+    times = noise_grid(schedule, 400, kind="log", sigma_min=0.005)
+    y = sampler.prior_frames((n, 2), schedule, 1.0, generator=random, prior=GAUSSIAN.prior())
+    score = GAUSSIAN.score(schedule)
     if method == "flow":
         return sampler.probability_flow(score, y, schedule, times=times, final=final)
     run = {"sde": sampler.reverse_sde, "pc": sampler.predictor_corrector}[method]
@@ -75,25 +69,12 @@ def test_order_of_the_probability_flow(method: str, order: int) -> None:
     exact = MEAN + (y - MEAN) * np.sqrt((STD**2 + low**2) / (STD**2 + high**2))
     errors = []
     for n in (100, 200):
-        times = sampler.diffusion_times(schedule, n, sigma_min=low)
+        times = noise_grid(schedule, n, kind="log", sigma_min=low)
         found = sampler.probability_flow(
-            gaussian_score(schedule), y, schedule, times=times, final="keep", method=method
+            GAUSSIAN.score(schedule), y, schedule, times=times, final="keep", method=method
         )
         errors.append(np.abs(found.samples - exact).max())
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
-
-
-def mixture_score(schedule: Any, centres: np.ndarray, weights: np.ndarray, std: float) -> sampler.Score:
-    def score(y: np.ndarray, t: float) -> np.ndarray:
-        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
-        v = (alpha * std) ** 2 + sigma**2
-        away = alpha * centres - y[:, None]
-        log_w = np.log(weights) - (away**2).sum(2) / (2 * v)
-        w = np.exp(log_w - log_w.max(1, keepdims=True))
-        w /= w.sum(1, keepdims=True)
-        return (w[:, :, None] * away).sum(1) / v
-
-    return score
 
 
 @pytest.mark.parametrize("method", ["sde", "flow", "pc"])
@@ -101,9 +82,10 @@ def test_populations_of_a_mixture(method: str) -> None:
     """From the prior alone both basins get their weight, without a barrier crossed."""
     schedule, random = VESchedule(1.0), np.random.default_rng(4)
     centres, weights = np.array([[-0.1, 0.0], [0.1, 0.02]]), np.array([0.3, 0.7])
-    score = mixture_score(schedule, centres, weights, 0.02)
-    times = sampler.diffusion_times(schedule, 300, sigma_min=0.004)
-    y = sampler.prior_frames((2000, 2), schedule, 1.0, generator=random, mean=weights @ centres, std=0.09)
+    mixture = GaussianMixture(centres, 0.02**2, weights=weights)
+    score = mixture.score(schedule)
+    times = noise_grid(schedule, 300, kind="log", sigma_min=0.004)
+    y = sampler.prior_frames((2000, 2), schedule, 1.0, generator=random, prior=mixture.prior())
     if method == "flow":
         found = sampler.probability_flow(score, y, schedule, times=times, final="keep")
     else:
@@ -119,16 +101,17 @@ def test_a_free_molecule_stays_in_the_mean_free_subspace(method: str) -> None:
     """Four atoms of a mean-free Gaussian: d = 9, and a score with a mean does not move them."""
     schedule, random, std = VESchedule(0.3), np.random.default_rng(3), 0.03
 
-    def score(y: np.ndarray, t: float) -> np.ndarray:
-        return 100.0 - y / (std**2 + float(schedule.sigma(t)) ** 2)
+    def score(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 100.0 - y / (std**2 + schedule.sigma(t)[:, None, None] ** 2)
 
-    times = sampler.diffusion_times(schedule, 200, sigma_min=0.003)
-    y = sampler.prior_frames((600, 4, 3), schedule, 1.0, generator=random, std=std, mean_free=True)
+    times = noise_grid(schedule, 200, kind="log", sigma_min=0.003)
+    prior = GaussianPrior(0.0, std**2)
+    y = sampler.prior_frames((600, 4, 3), schedule, 1.0, generator=random, prior=prior)
     if method == "flow":
-        found = sampler.probability_flow(score, y, schedule, times=times, final="keep", mean_free=True)
+        found = sampler.probability_flow(score, y, schedule, times=times, final="keep")
     else:
         run = {"sde": sampler.reverse_sde, "pc": sampler.predictor_corrector}[method]
-        found = run(score, y, schedule, times=times, generator=random, final="keep", mean_free=True)
+        found = run(score, y, schedule, times=times, generator=random, final="keep")
     assert np.abs(found.samples.mean(axis=1)).max() < 1e-13
     chi2 = (found.samples**2).sum() / (std**2 + 0.003**2)
     assert abs(chi2 - 600 * 9) < 3.5 * np.sqrt(2 * 600 * 9) + 0.01 * 600 * 9
@@ -137,7 +120,7 @@ def test_a_free_molecule_stays_in_the_mean_free_subspace(method: str) -> None:
 def test_noised_frames() -> None:
     schedule, random = SCHEDULES["VP"], np.random.default_rng(5)
     x = random.standard_normal((400, 5, 3))
-    y = sampler.noise_frames(x * unit.nanometer, schedule, 0.4, generator=random, mean_free=True)
+    y = sampler.noise_frames(x * unit.nanometer, schedule, 0.4, generator=random)
     eps = (y - float(schedule.alpha(0.4)) * x) / float(schedule.sigma(0.4))
     assert np.abs(eps.mean(axis=1)).max() < 1e-12
     assert abs((eps**2).sum() - 400 * 12) < 3.5 * np.sqrt(2 * 400 * 12)
@@ -145,19 +128,19 @@ def test_noised_frames() -> None:
 
 def test_the_score_of_a_model() -> None:
     x = tiny.frames()[0][:3]
-    score = sampler.model_score(tiny.model(), lam=0.5)
-    np.testing.assert_array_equal(score(x, 0.3), -model_fields(tiny.model(), x, t=0.3, lam=0.5)[1])
+    score = score_of(tiny.model(), lam=0.5)
+    found = score(torch.as_tensor(x), torch.full((3,), 0.3, dtype=torch.float64))
+    np.testing.assert_array_equal(found, -model_fields(tiny.model(), x, t=0.3, lam=0.5)[1])
 
 
 def test_a_local_diffusion_of_a_molecule() -> None:
     """Noised to 0.004 nm and back, frames come near where they were, at a tenth of the action."""
     x, schedule, random = tiny.frames()[0][::30], tiny.SCHEDULES["VE"], np.random.default_rng(6)
-    times = sampler.diffusion_times(schedule, 60, sigma_min=0.0005, sigma_max=0.004)
-    y = sampler.noise_frames(x, schedule, times[0], generator=random, mean_free=True)
+    times = noise_grid(schedule, 60, kind="log", sigma_min=0.0005, sigma_max=0.004)
+    y = sampler.noise_frames(x, schedule, times[-1], generator=random)
     found = sampler.reverse_sde(
-        sampler.model_score(tiny.model()), y + x.mean(axis=1, keepdims=True), schedule, times=times,
-        generator=random, final="denoise", mean_free=True,
-    )  # fmt: skip
+        score_of(tiny.model()), y, schedule, times=times, generator=random, final="denoise"
+    )
     noised, back, start = (model_fields(tiny.model(), v)[0].mean() for v in (y, found.samples, x))
     assert noised - start > 20
     assert abs(back - start) < 0.5 * (noised - start)
@@ -227,7 +210,7 @@ def test_little_overlap_is_refused() -> None:
 
 
 SCHEDULE = VESchedule(0.1)
-TIMES = np.array([1.0, 0.5, 0.1])
+TIMES = np.array([0.1, 0.5, 1.0])
 
 
 def walk(**changes: Any) -> Callable[[], Any]:
@@ -242,16 +225,16 @@ def walk(**changes: Any) -> Callable[[], Any]:
     ("call", "message"),
     [
         (walk(score=3), "score: expected a callable"),
-        (walk(score=lambda y, t: -y[:1]), "score: expected a result of shape"),
+        (walk(score=lambda y, t: -y[:1]), "score: expected a tensor of shape"),
         (walk(y=np.zeros(3)), "y: expected"),
         (walk(y=np.full((2, 2), np.nan)), "y: expected finite"),
         (walk(y=np.zeros((0, 2))), "y: expected"),
         (walk(y=np.zeros((2, 5, 2))), "y: expected"),
         (walk(y="text"), "y: expected an array"),
-        (walk(times=[0.1, 0.5]), "times: expected at least two falling"),
-        (walk(times=[0.5]), "times: expected at least two falling"),
-        (walk(times=[0.5, 0.0]), "times: expected a last time above 0"),
-        (walk(times=[1.5, 0.1]), r"t: expected diffusion times in \[0, 1\]"),
+        (walk(times=[0.5, 0.1]), "times: expected at least two increasing"),
+        (walk(times=[0.5]), "times: expected at least two increasing"),
+        (walk(times=[0.0, 0.5]), "times: expected a first time above 0"),
+        (walk(times=[0.1, 1.5]), r"t: expected diffusion times in \[0, 1\]"),
         (walk(final="mean"), 'final: expected "denoise" or "keep"'),
         (walk(mean_free=True), "mean_free: expected"),
         (walk(n_corrector=-1), "n_corrector"),
@@ -259,16 +242,11 @@ def walk(**changes: Any) -> Callable[[], Any]:
         (walk(corrector_step=2.0), "corrector_step"),
         (lambda: sampler.probability_flow(lambda y, t: y, np.zeros((1, 1)), SCHEDULE, times=TIMES,
                                           final="keep", method="rk"), "method"),
-        (lambda: sampler.diffusion_times(SCHEDULE, 0, sigma_min=0.01), "n_steps"),
-        (lambda: sampler.diffusion_times(SCHEDULE, 2.0, sigma_min=0.01), "n_steps"),  # type: ignore[arg-type]
-        (lambda: sampler.diffusion_times(SCHEDULE, 5, sigma_min=0.0), "sigma_min"),
-        (lambda: sampler.diffusion_times(SCHEDULE, 5, sigma_min=0.05, sigma_max=0.01), "sigma_min"),
-        (lambda: sampler.diffusion_times(SCHEDULE, 5, sigma_min=0.01, spacing="even"), "spacing"),
         (lambda: sampler.prior_frames((3,), SCHEDULE, 1.0, generator=np.random.default_rng(0)), "shape"),
-        (lambda: sampler.prior_frames((3, 2), SCHEDULE, 1.0, generator=np.random.default_rng(0), std=-1.0),
-         "std"),
+        (lambda: sampler.prior_frames((3, 2), SCHEDULE, 1.0, generator=np.random.default_rng(0), prior=2.0),
+         "prior: expected 'standard' or a GaussianPrior"),
         (lambda: sampler.prior_frames((3, 2), SCHEDULE, 1.0, generator=np.random.default_rng(0),
-                                      mean=np.zeros(3)), "mean, std"),
+                                      prior=GaussianPrior(np.zeros(3))), "prior: expected 2 dimensions"),
         (lambda: sampler.harmonic_adapter_step([[0.0]], [[0.0]], 0.0, [[0.0]]), "stiffness: expected k > 0"),
         (lambda: sampler.harmonic_adapter_step([[0.0]], [[0.0]], np.nan, [[0.0]]), "stiffness: expected fin"),
         (lambda: sampler.harmonic_adapter_step([[0.0]], [[0.0, 1.0]], 1.0, [[0.0]]), "score: expected shape"),
@@ -286,5 +264,5 @@ def test_bad_input(call: Callable[[], Any], message: str) -> None:
 
 
 def test_a_broken_score_is_said() -> None:
-    with pytest.raises(ConvergenceError, match="score: expected finite numbers at t = 1"):
+    with pytest.raises(ModelError, match="score: expected finite numbers, found others at t = 1"):
         walk(score=lambda y, t: y * np.nan)()
