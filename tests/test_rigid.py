@@ -12,6 +12,7 @@ from openmm_diffforce.docking.rigid import (
     RigidSchedule,
     evaluate_scores,
     group_step,
+    noise_between,
     noise_poses,
     sample_poses,
     scores_from_gradient,
@@ -317,9 +318,9 @@ def test_the_reverse_sde_recovers_the_mixture():
     model, n = mixture(), 1500
     generator = np.random.default_rng(12)
     start, _ = model.sample(n, t=1.0, generator=generator)
-    found = sample_poses(model, start, schedule=SCHEDULE, generator=generator, n_steps=80)
+    found = sample_poses(model, start, schedule=SCHEDULE, generator=generator, n_steps=30)
     check_recovery(model, found.poses)
-    assert found.n_calls == 80
+    assert found.n_calls == 60
     assert found.trajectory == ()
 
 
@@ -334,6 +335,19 @@ def test_the_probability_flow_recovers_the_mixture():
     assert found.times[-1] == 0
     np.testing.assert_array_equal(found.trajectory[0].translation, start.translation)
     np.testing.assert_array_equal(found.trajectory[-1].translation, found.poses.translation)
+
+
+def test_noise_in_two_pieces_is_noise_at_once():
+    n = 4000
+    generator = np.random.default_rng(16)
+    half = noise_between(Poses.identity(n), 0.0, 0.3, schedule=DFMDOCK, generator=generator)
+    whole = noise_between(half, 0.3, 0.7, schedule=DFMDOCK, generator=generator)
+    sigma_tr, sigma_rot = float(DFMDOCK.sigma_tr(0.7)), float(DFMDOCK.sigma_rot(0.7))
+    assert kstest(whole.translation[:, 1] / sigma_tr, "norm").pvalue > 0.01
+    angle = so3.angle(whole.rotation)
+    assert kstest(angle, lambda w: so3.igso3_angle_cdf(w, sigma_rot)).pvalue > 0.01
+    same = noise_between(whole, 0.7, 0.7, schedule=DFMDOCK, generator=generator)
+    np.testing.assert_array_equal(same.rotation, whole.rotation)
 
 
 def check_recovery(model: PoseMixture, poses: Poses) -> None:
@@ -405,6 +419,7 @@ def flat(poses, t):
         (lambda: noise_poses(NONE, 0.5, schedule=SCHEDULE, generator=RNG), "at least one pose, found none"),
         (lambda: noise_poses(X, 0.5, schedule=SCHEDULE, generator=RNG), "expected Poses, found ndarray"),
         (lambda: noise_poses(ONE, [0.5, 0.6], schedule=SCHEDULE, generator=RNG), "one for each of 1 poses"),
+        (lambda: noise_between(ONE, 0.5, 0.4, schedule=SCHEDULE, generator=RNG), "0 <= t <= t_end <= 1"),
         (lambda: evaluate_scores(flat, ONE, np.nan), "t: expected finite"),
         (lambda: scores_from_gradient(X[None], X[None], C), r"centre \(n, 3\)"),
         (lambda: PosePrior(np.zeros(3), np.zeros((3, 3))), "positive definite"),

@@ -698,12 +698,13 @@ def _invert_cdf(u: FloatArray, sigma: FloatArray) -> FloatArray:
         low[active] = np.where(above, low[active], w)
         slope = igso3_angle_density(w, s) / np.maximum(3 * root**2, 1e-300)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            new = w - (root - goal[active]) / slope
-        inside = (new > low[active]) & (new < high[active])  # False for NaN
-        new = np.where(inside, new, 0.5 * (low[active] + high[active]))
-        omega[active] = new
-        # Newton converges quadratically: a step of 1e-8 leaves 1e-15.
-        done = (np.abs(new - w) < 1e-8) | (high[active] - low[active] < 1e-12)
+            newton = w - (root - goal[active]) / slope
+        # Quadratic convergence: a step of 1e-8 leaves 1e-15. Comparisons are False for NaN.
+        last = np.abs(newton - w) < 1e-8
+        inside = (newton > low[active]) & (newton < high[active])
+        middle = 0.5 * (low[active] + high[active])
+        omega[active] = np.where(last, np.clip(newton, 0.0, np.pi), np.where(inside, newton, middle))
+        done = last | (high[active] - low[active] < 1e-12)
         active = active[~done]
         if not len(active):
             return omega
