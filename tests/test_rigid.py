@@ -223,6 +223,22 @@ def test_the_kernels_score_averages_to_the_score():
     assert (unit < 0).all()  # it points back
 
 
+def test_the_target_is_the_gradient_of_the_kernel():
+    clean = random_poses(20)
+    t = np.linspace(0.2, 1.0, 20)
+    noised = noise_poses(clean, t, schedule=SCHEDULE, generator=np.random.default_rng(17))
+    sigma_tr, sigma_rot = SCHEDULE.sigma_tr(t), SCHEDULE.sigma_rot(t)
+
+    def ln_kernel(p: Poses) -> np.ndarray:
+        turn = so3.angle(p.rotation @ clean.rotation.swapaxes(1, 2))
+        away = ((p.translation - clean.translation) ** 2).sum(axis=1)
+        return so3.igso3_log_density(turn, sigma_rot) - 0.5 * away / sigma_tr**2
+
+    want = perturbation_gradients(ln_kernel, noised.poses, h=1e-3)
+    np.testing.assert_allclose(noised.tr_target, want[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(noised.rot_target, want[1], rtol=1e-5, atol=1e-4)
+
+
 def test_noise_has_the_widths_of_the_schedule():
     found = noise_poses(Poses.identity(4000), 0.7, schedule=SCHEDULE, generator=np.random.default_rng(6))
     sigma = float(SCHEDULE.sigma_tr(0.7))

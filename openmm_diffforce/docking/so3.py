@@ -32,8 +32,11 @@ SWITCH = 1.5
 N_SERIES = 9
 """Terms of the series in l: the next one is below 1e-40 at ``SWITCH``."""
 
-N_IMAGES = 3
-"""Images on either side in the Poisson sum: the next one is below 1e-60 at ``SWITCH``."""
+N_IMAGES = 2
+"""Images on either side in the Poisson sum: the next one is below 1e-22 at ``SWITCH``."""
+
+ONE_IMAGE = 0.9
+"""sigma [rad] up to which one image is enough: the next one is below 1e-21 there."""
 
 MAX_STEPS = 100
 """Newton or bisection steps that invert the CDF; about six do."""
@@ -416,7 +419,7 @@ def _images(omega: FloatArray, sigma: FloatArray) -> tuple[FloatArray, FloatArra
     s2 = sigma**2
     bracket = np.ones(np.broadcast_shapes(omega.shape, sigma.shape))
     slope = np.zeros_like(bracket)
-    for k in range(1, N_IMAGES + 1):
+    for k in range(1, N_IMAGES + 1 if sigma.max(initial=0.0) > ONE_IMAGE else 2):
         rate = 2 * np.pi * k / s2
         z = rate * omega
         near = np.exp(-rate * (np.pi * k - omega))  # e^z and e^-z, each with the weight: no overflow
