@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from methyl import hydrogens_of, sampled
-from parts import Part, run_parts
+from parts import Part, operator_mbar, run_parts
 from rich.progress import track
 from scipy.special import logsumexp
 
@@ -24,7 +24,7 @@ from openmm_diffforce.alchemy import lambda_states, perturb_nonbonded
 from openmm_diffforce.audit import BRIDGE_GATES, Audit, audit_bridge, judge
 from openmm_diffforce.bridge import BridgeResult, default_levels, noisy_operator_bridge
 from openmm_diffforce.errors import DiffForceError
-from openmm_diffforce.estimate import bar_between, statistical_inefficiency
+from openmm_diffforce.estimate import bar_between
 from openmm_diffforce.pair_features import PairOperator
 from openmm_diffforce.record import atomic_path, plain, write_json
 from openmm_diffforce.summary import PairDistances
@@ -181,24 +181,6 @@ def frames_of(
         return kept["x"], kept["o"]
 
 
-def mbar(lams: Sequence[float], operators: Sequence[np.ndarray]) -> tuple[float, float]:
-    """pymbar's Delta f of all states and its error, frames subsampled by the inefficiency of O."""
-    import pymbar
-
-    some = [o[:: math.ceil(statistical_inefficiency(o))] for o in operators]
-    # BAR along the chain is a start from which the solver does not get lost.
-    steps = [
-        bar_between(h * a, -h * b, decorrelate=False, min_overlap=0).delta_f
-        for h, a, b in zip(np.diff(lams), some[:-1], some[1:], strict=True)
-    ]
-    u_kn = np.multiply.outer(np.asarray(lams), np.concatenate(some))
-    solved = pymbar.MBAR(
-        u_kn, [len(o) for o in some], initial_f_k=np.cumsum([0.0, *steps]), solver_protocol="robust"
-    )
-    found = solved.compute_free_energy_differences()
-    return float(found["Delta_f"][0, -1]), float(found["dDelta_f"][0, -1])
-
-
 def reference(
     case: AlanineCase, n_frames: int, seed: int, hydrogens: Sequence[int], stem: Path
 ) -> tuple[float, float]:
@@ -207,7 +189,7 @@ def reference(
     for k, lam in enumerate(lams):
         path = stem.with_name(f"{stem.name}_window_{k}.npz")
         o_k.append(frames_of(case, lam, n_frames, seed, hydrogens, path)[1])
-    return mbar(lams, o_k)
+    return operator_mbar(lams, o_k)
 
 
 def alanine(name: str) -> Part:
@@ -245,7 +227,7 @@ def alanine(name: str) -> Part:
                 density = composite.density
                 row[f"bridge, 4 windows of {N_BETWEEN}"] = judged(composite)
                 row[f"density, 4 windows of {N_BETWEEN}"] = (density.delta_f, density.d_delta_f)
-                row[f"MBAR, 4 windows of {N_BETWEEN}"] = mbar(
+                row[f"MBAR, 4 windows of {N_BETWEEN}"] = operator_mbar(
                     (0.0, *between, 1.0), [v[1][:N_BETWEEN] for v in four]
                 )
                 write_json(kept, plain(row))
