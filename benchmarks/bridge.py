@@ -503,8 +503,8 @@ def short_rows(found: dict[str, Any]) -> list[str]:
     rows = found["short"]["rows"]
     lines = [
         f"## Starved runs: {', '.join(f'{n}' for n in SHORT_LENGTHS)} frames per end", "",
-        f"{N_SHORT} disjoint blocks of each length from each of the first {SHORT_RUNS} runs of these cases: there to "
-        "make wrong numbers", "for the audit. Refused: fewer than 20 independent frames, no number.", "",
+        f"{N_SHORT} disjoint blocks of each length from each of the first {SHORT_RUNS} runs of these cases:",
+        "there to make wrong numbers for the audit. Refused: fewer than 20 independent frames.", "",
         "| case, frames per end | runs | refused | bias | error | stated | covered | wrong "
         "| PASS, WARN, FAIL |",
         "|---|---|---|---|---|---|---|---|---|",
