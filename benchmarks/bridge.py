@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from methyl import hydrogens_of, sampled
-from parts import Part, run_parts
+from parts import Part, operator_mbar, run_parts
 from rich.progress import track
 from scipy.special import logsumexp
 
@@ -24,7 +24,7 @@ from openmm_diffforce.alchemy import lambda_states, perturb_nonbonded
 from openmm_diffforce.audit import BRIDGE_GATES, Audit, audit_bridge, judge
 from openmm_diffforce.bridge import BridgeResult, default_levels, noisy_operator_bridge
 from openmm_diffforce.errors import DiffForceError
-from openmm_diffforce.estimate import bar_between, statistical_inefficiency
+from openmm_diffforce.estimate import bar_between
 from openmm_diffforce.pair_features import PairOperator
 from openmm_diffforce.record import atomic_path, plain, write_json
 from openmm_diffforce.summary import PairDistances
@@ -42,8 +42,8 @@ INTERVAL = 200
 """Steps of 1 fs between frames; inefficiencies are estimated, not assumed."""
 SEGMENT = 50
 """Frames between two moves of the methyl group."""
-SHORT_CASES, SHORT_LENGTHS, N_SHORT = ("Br3", "I3"), (100, 200), 5
-"""Starved runs: N_SHORT disjoint blocks of every length from each of the N_SETS runs of these cases."""
+SHORT_CASES, SHORT_LENGTHS, SHORT_RUNS, N_SHORT = ("Br3", "I3"), (100, 200), 3, 5
+"""Starved runs: N_SHORT disjoint blocks of every length from each of the first runs of these cases."""
 SUPERVISED_CASES, N_SUPERVISED, N_SUPERVISED_LEVELS = ("F1", "Br3", "I3"), 3, 4
 """A network and the pair operator beside the defaults: so many runs of these cases, N_ENDS[0] frames."""
 N_RANDOM = 20
@@ -181,24 +181,6 @@ def frames_of(
         return kept["x"], kept["o"]
 
 
-def mbar(lams: Sequence[float], operators: Sequence[np.ndarray]) -> tuple[float, float]:
-    """pymbar's Delta f of all states and its error, frames subsampled by the inefficiency of O."""
-    import pymbar
-
-    some = [o[:: math.ceil(statistical_inefficiency(o))] for o in operators]
-    # BAR along the chain is a start from which the solver does not get lost.
-    steps = [
-        bar_between(h * a, -h * b, decorrelate=False, min_overlap=0).delta_f
-        for h, a, b in zip(np.diff(lams), some[:-1], some[1:], strict=True)
-    ]
-    u_kn = np.multiply.outer(np.asarray(lams), np.concatenate(some))
-    solved = pymbar.MBAR(
-        u_kn, [len(o) for o in some], initial_f_k=np.cumsum([0.0, *steps]), solver_protocol="robust"
-    )
-    found = solved.compute_free_energy_differences()
-    return float(found["Delta_f"][0, -1]), float(found["dDelta_f"][0, -1])
-
-
 def reference(
     case: AlanineCase, n_frames: int, seed: int, hydrogens: Sequence[int], stem: Path
 ) -> tuple[float, float]:
@@ -207,7 +189,7 @@ def reference(
     for k, lam in enumerate(lams):
         path = stem.with_name(f"{stem.name}_window_{k}.npz")
         o_k.append(frames_of(case, lam, n_frames, seed, hydrogens, path)[1])
-    return mbar(lams, o_k)
+    return operator_mbar(lams, o_k)
 
 
 def alanine(name: str) -> Part:
@@ -245,7 +227,7 @@ def alanine(name: str) -> Part:
                 density = composite.density
                 row[f"bridge, 4 windows of {N_BETWEEN}"] = judged(composite)
                 row[f"density, 4 windows of {N_BETWEEN}"] = (density.delta_f, density.d_delta_f)
-                row[f"MBAR, 4 windows of {N_BETWEEN}"] = mbar(
+                row[f"MBAR, 4 windows of {N_BETWEEN}"] = operator_mbar(
                     (0.0, *between, 1.0), [v[1][:N_BETWEEN] for v in four]
                 )
                 write_json(kept, plain(row))
@@ -319,79 +301,78 @@ def random(out: Path) -> dict[str, Any]:
     return {"draws": found}
 
 
+def ends_of(case: AlanineCase, run: int, out: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Frames and O of both ends of one of the independent runs of a case."""
+    hydrogens = hydrogens_of(case)
+    return [
+        frames_of(case, lam, max(N_ENDS), SEED + run, hydrogens, out / f"{case.name}_{run}_{lam:.3f}.npz")
+        for lam in (0.0, 1.0)
+    ]
+
+
+def short_run(out: Path, name: str, k: int) -> list[dict[str, Any]]:
+    kept = out / f"short_{name}_{k}.json"
+    if not kept.exists():
+        case = alanine_case(name, restrain_phi=True)
+        ends = ends_of(case, k, out)
+        rows = []
+        for b in range(N_SHORT):
+            start = b * max(N_ENDS) // N_SHORT
+            for n in SHORT_LENGTHS:
+                block = slice(start, start + n)
+                start += n
+                x, o = zip(*((v[0][block], v[1][block]) for v in ends), strict=True)
+                row: dict[str, Any] = {"case": name, "n": n, "run": k, "block": b}
+                try:
+                    found = noisy_operator_bridge(
+                        x, o, generator=np.random.default_rng(SEED + 10 * k + b), atoms=case.perturbed
+                    )
+                    row["bridge"] = judged(found)
+                except DiffForceError as err:
+                    row["refused"] = f"{type(err).__name__}: {err}"
+                rows.append(row)
+        write_json(kept, plain({"rows": rows}))
+    return list(json.loads(kept.read_text())["rows"])
+
+
 def short(out: Path) -> dict[str, Any]:
     """Runs that are far too short, cut from those of the cases: what the audit makes of wrong numbers."""
-    found = []
-    for name in SHORT_CASES:
+    runs = [(name, k) for k in range(1, SHORT_RUNS + 1) for name in SHORT_CASES]
+    return {"rows": [row for name, k in track(runs, "short") for row in short_run(out, name, k)]}
+
+
+def supervised_run(out: Path, name: str, k: int) -> dict[str, Any]:
+    kept = out / f"supervised_{name}_{k}.json"
+    if not kept.exists():
         case = alanine_case(name, restrain_phi=True)
-        hydrogens = hydrogens_of(case)
-        for k in range(1, N_SETS + 1):
-            kept = out / f"short_{name}_{k}.json"
-            if not kept.exists():
-                ends = [
-                    frames_of(case, lam, max(N_ENDS), SEED + k, hydrogens, out / f"{name}_{k}_{lam:.3f}.npz")
-                    for lam in (0.0, 1.0)
-                ]
-                rows = []
-                for b in range(N_SHORT):
-                    start = b * max(N_ENDS) // N_SHORT
-                    for n in SHORT_LENGTHS:
-                        block = slice(start, start + n)
-                        start += n
-                        x, o = zip(*((v[0][block], v[1][block]) for v in ends), strict=True)
-                        row: dict[str, Any] = {"case": name, "n": n, "run": k, "block": b}
-                        try:
-                            row["bridge"] = judged(
-                                noisy_operator_bridge(
-                                    x, o, generator=np.random.default_rng(SEED + 10 * k + b),
-                                    atoms=case.perturbed,
-                                )
-                            )  # fmt: skip
-                        except DiffForceError as err:
-                            row["refused"] = f"{type(err).__name__}: {err}"
-                        rows.append(row)
-                write_json(kept, plain({"rows": rows}))
-            found += json.loads(kept.read_text())["rows"]
-            print("short", name, k, flush=True)
-    return {"rows": found}
+        ends = ends_of(case, k, out)
+        x, o = ([v[i][: N_ENDS[0]] for v in ends] for i in (0, 1))
+        distances = PairDistances.of(x, case.perturbed)
+        levels = default_levels([distances(one) for one in x], N_SUPERVISED_LEVELS)
+        graph = graph_from_topology(case.topology)
+        row = {}
+        for label, options in SUPERVISED.items():
+            start = time.process_time()
+            features: Any = distances
+            if label == "pair operator":
+                features = PairOperator.of(
+                    x, o, graph, case.perturbed, atoms=case.perturbed, beside=distances
+                )
+            found = noisy_operator_bridge(
+                x, o, generator=np.random.default_rng(SEED + k), atoms=case.perturbed, sigmas=levels,
+                features=features, **options,
+            )  # fmt: skip
+            row[label] = (*judged(found), time.process_time() - start)
+        write_json(kept, plain(row))
+    return dict(json.loads(kept.read_text()))
 
 
 def supervised(out: Path) -> dict[str, Any]:
     """What a network and the pair operator add to the defaults, on frames of the cases."""
-    found: dict[str, Any] = {}
-    for name in SUPERVISED_CASES:
-        case = alanine_case(name, restrain_phi=True)
-        hydrogens, graph = hydrogens_of(case), graph_from_topology(case.topology)
-        for k in range(1, N_SUPERVISED + 1):
-            kept = out / f"supervised_{name}_{k}.json"
-            if not kept.exists():
-                ends = [
-                    frames_of(case, lam, max(N_ENDS), SEED + k, hydrogens, out / f"{name}_{k}_{lam:.3f}.npz")
-                    for lam in (0.0, 1.0)
-                ]
-                x, o = ([v[i][: N_ENDS[0]] for v in ends] for i in (0, 1))
-                distances = PairDistances.of(x, case.perturbed)
-                levels = default_levels([distances(one) for one in x], N_SUPERVISED_LEVELS)
-
-                row = {}
-                for label, options in SUPERVISED.items():
-                    start = time.process_time()
-                    features = None
-                    if label == "pair operator":
-                        features = PairOperator.of(
-                            x, o, graph, case.perturbed, atoms=case.perturbed, beside=distances
-                        )
-                    value = judged(
-                        noisy_operator_bridge(
-                            x, o, generator=np.random.default_rng(SEED + k), atoms=case.perturbed,
-                            sigmas=levels, features=features, **options,
-                        )
-                    )  # fmt: skip
-                    row[label] = (*value, time.process_time() - start)
-                write_json(kept, plain(row))
-            found.setdefault(name, []).append(json.loads(kept.read_text()))
-            print("supervised", name, k, {m: v[:2] for m, v in found[name][-1].items()}, flush=True)
-    return found
+    return {
+        name: [supervised_run(out, name, k) for k in range(1, N_SUPERVISED + 1)]
+        for name in track(SUPERVISED_CASES, "supervised")
+    }
 
 
 SUPERVISED: dict[str, dict[str, Any]] = {
@@ -522,8 +503,8 @@ def short_rows(found: dict[str, Any]) -> list[str]:
     rows = found["short"]["rows"]
     lines = [
         f"## Starved runs: {', '.join(f'{n}' for n in SHORT_LENGTHS)} frames per end", "",
-        f"{N_SHORT} disjoint blocks of each length from each of the {N_SETS} runs of these cases: there to "
-        "make wrong numbers", "for the audit. Refused: fewer than 20 independent frames, no number.", "",
+        f"{N_SHORT} disjoint blocks of each length from each of the first {SHORT_RUNS} runs of these cases:",
+        "there to make wrong numbers for the audit. Refused: fewer than 20 independent frames.", "",
         "| case, frames per end | runs | refused | bias | error | stated | covered | wrong "
         "| PASS, WARN, FAIL |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -18,9 +18,9 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from bridge import INTERVAL, N_BETWEEN, N_ENDS, N_REFERENCE, N_SETS, SEED, SEGMENT, frames_of, mbar
+from bridge import INTERVAL, N_BETWEEN, N_ENDS, N_REFERENCE, N_SETS, SEED, SEGMENT, frames_of
 from methyl import hydrogens_of
-from parts import Part, run_parts
+from parts import Part, operator_mbar, run_parts
 from rich.progress import track
 
 from openmm_diffforce.alanine import AlanineCase, alanine_case
@@ -131,11 +131,7 @@ def mbar_of(o: Sequence[np.ndarray], lams: Sequence[float]) -> float:
     """Every frame is used: subsampling would mend the error bar, which is not asked here."""
     if len(o) == 2:
         return bar_between(o[0], -o[1], decorrelate=False, min_overlap=0).delta_f
-    import pymbar
-
-    u_kn = np.multiply.outer(np.asarray(lams), np.concatenate(o))
-    f = pymbar.MBAR(u_kn, [len(v) for v in o]).compute_free_energy_differences(compute_uncertainty=False)
-    return float(f["Delta_f"][0, -1])
+    return operator_mbar(lams, o, subsample=False)[0]
 
 
 def bridge_of(x: Sequence[np.ndarray], o: Sequence[np.ndarray], atoms: Sequence[int], seed: int) -> float:
@@ -152,7 +148,7 @@ def tasks_of(case: AlanineCase, out: Path) -> tuple[list[Task], dict[str, Any]]:
     for one in sets:
         for lam, (_, o) in zip(four, one, strict=True):
             pooled[lam].append(o)
-    value, error = mbar(lams, [np.concatenate(pooled[lam]) for lam in lams])
+    value, error = operator_mbar(lams, [np.concatenate(pooled[lam]) for lam in lams])
     tasks: list[Task] = []
 
     def add(method: str, n_windows: int, n: int, repeats: list[Callable[[], float]], most: int) -> None:

@@ -157,7 +157,7 @@ def check(out: Path, folder: Path, cases: dict[str, IndoleCase]) -> dict[str, An
 
 
 def mbar(operators: list[list[np.ndarray]], lams: Sequence[float]) -> FreeEnergyEstimate:
-    """MBAR over windows: with linear mixing O alone is needed."""
+    """MBAR over windows from O alone, with BAR, overlaps and inefficiencies beside it."""
     o_k = [np.concatenate(o) for o in operators]
     index = [(float(i), lam) for o, lam in zip(o_k, lams, strict=True) for i in range(len(o))]
     table = pd.DataFrame(

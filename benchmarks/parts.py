@@ -1,4 +1,4 @@
-"""What benchmarks in parts share: the command line, and noised fields against posterior MD.
+"""What benchmarks in parts share: the command line, MBAR of O, noised fields against posterior MD.
 
 A part is a function ``part(out) -> dict``. Its result is kept as ``<out>/<part>.json``, so that a
 benchmark that was stopped goes on where it was.
@@ -6,7 +6,8 @@ benchmark that was stopped goes on where it was.
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from openmm_diffforce.alanine import TEMPERATURE, AlanineCase
+from openmm_diffforce.estimate import bar_between, statistical_inefficiency
 from openmm_diffforce.models import operator_gradient
 from openmm_diffforce.models.action import model_fields
 from openmm_diffforce.posterior import PosteriorMoments, posterior_moments
@@ -48,6 +50,29 @@ def run_parts(
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(text)
     print(text)
+
+
+def operator_mbar(
+    lams: Sequence[float], operators: Sequence[np.ndarray], *, subsample: bool = True
+) -> tuple[float, float]:
+    """pymbar's Delta f of windows of linear mixing and its error: O of their frames is all it needs.
+
+    Frames are subsampled by the inefficiency of O, for the sake of the error, unless told otherwise.
+    """
+    import pymbar
+
+    some = [o[:: math.ceil(statistical_inefficiency(o))] if subsample else o for o in operators]
+    # BAR along the chain is a start from which the solver does not get lost.
+    steps = [
+        bar_between(h * a, -h * b, decorrelate=False, min_overlap=0).delta_f
+        for h, a, b in zip(np.diff(lams), some[:-1], some[1:], strict=True)
+    ]
+    u_kn = np.multiply.outer(np.asarray(lams), np.concatenate(some))
+    solved = pymbar.MBAR(
+        u_kn, [len(o) for o in some], initial_f_k=np.cumsum([0.0, *steps]), solver_protocol="robust"
+    )
+    found = solved.compute_free_energy_differences()
+    return float(found["Delta_f"][0, -1]), float(found["dDelta_f"][0, -1])
 
 
 def posterior_reference(

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .models.physics import PhysicalModel as PhysicalModel
     from .network_training import NetworkSettings as NetworkSettings
     from .network_training import fit_network as fit_network
+    from .pair_features import PairOperator as PairOperator
     from .pair_features import pair_splines as pair_splines
     from .path_kl import path_divergence as path_divergence
     from .posterior_bridge import run_posterior_bridge as run_posterior_bridge
@@ -86,6 +87,7 @@ _HOME = {
     "MolecularGraph": "models.graph",
     "NetworkAction": "models.network",
     "NetworkSettings": "network_training",
+    "PairOperator": "pair_features",
     "PhysicalModel": "models.physics",
     "PosePrior": "docking.rigid",
     "Poses": "docking.rigid",

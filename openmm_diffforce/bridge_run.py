@@ -204,8 +204,8 @@ def run_bridge(
 
     result = noisy_operator_bridge(
         inputs.frames, inputs.operators, inputs.lams, generator=np.random.default_rng(settings.seed),
-        atoms=inputs.atoms, sigmas=settings.sigmas, closure=settings.closure, n_copies=settings.n_copies,
-        n_bootstrap=settings.n_bootstrap,
+        atoms=inputs.atoms, sigmas=settings.sigmas, closure=settings.closure, summary=settings.summary,
+        n_copies=settings.n_copies, n_bootstrap=settings.n_bootstrap,
         progress=stage("noise levels"),
     )  # fmt: skip
     timing["bridge"] = time.monotonic() - started

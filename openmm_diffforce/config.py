@@ -272,8 +272,11 @@ class BridgeSettings(Settings):
     sigmas: tuple[Positive, ...] | None = Field(
         default=None, min_length=1, description="noise levels [nm]; from the frames if absent"
     )
-    closure: Literal["density", "tweedie", "gamma"] = Field(
-        default="density", description="how the gap between the states is bridged"
+    closure: Literal["density", "tweedie", "gamma", "heads"] = Field(
+        default="density", description="how the gap between the states is bridged; heads: a network"
+    )
+    summary: Literal["splines", "heads"] = Field(
+        default="splines", description="what a noised frame is reduced to; heads: a network's work"
     )
     n_copies: Count = Field(default=2, description="noised copies of every frame")
     n_bootstrap: int = Field(default=50, ge=0, description="resamplings behind the error; 0 for none")

@@ -180,6 +180,14 @@ class PairOperator:
     beside : callable, optional
         noised frames -> further columns, such as
         :class:`~openmm_diffforce.summary.PairDistances`.
+
+    Examples
+    --------
+    >>> chain = MolecularGraph(("H", "O", "O", "H"), ((0, 1), (1, 2), (2, 3)))
+    >>> x = np.random.default_rng(0).normal(np.arange(4)[:, None] * [0.2, 0, 0], 0.03, (50, 4, 3))
+    >>> o = 0.1 / np.linalg.norm(x[:, 0] - x[:, 3], axis=-1)
+    >>> PairOperator.of([x, x], [o, o], chain, [0], sigmas=[0.02])(x).shape
+    (50, 3)
     """
 
     tables: OperatorTables

@@ -25,7 +25,6 @@ from openmm_diffforce.bridge_inputs import (
 from openmm_diffforce.errors import InputError
 from openmm_diffforce.estimate import read_table, state_operators
 from openmm_diffforce.exchange import run_expanded_ensemble
-from openmm_diffforce.windows import run_windows
 
 from . import tiny
 
@@ -34,14 +33,8 @@ from . import tiny
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Frames of both ends of F1 in several formats."""
     out = tmp_path_factory.mktemp("frames")
-    case = tiny.case()
-    x_0, _, x_1, _ = tiny.frames()
-    for k, x in enumerate((x_0, x_1)):
-        trajectory = trajectory_of(x[:40], case.topology)
-        for suffix in ("dcd", "xtc", "pdb"):
-            trajectory.save(str(out / f"{k}.{suffix}"))
-        if k == 0:
-            trajectory[0].save(str(out / "top.pdb"))
+    tiny.save_ends(out, 40, ("dcd", "xtc", "pdb"))
+    trajectory_of(tiny.frames()[0][:1], tiny.case().topology).save(str(out / "top.pdb"))
     return out
 
 
@@ -49,11 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three windows of F1."""
     out = tmp_path_factory.mktemp("run")
-    case = tiny.case()
-    run_windows(
-        case.pair.linear_system(), case.topology, case.positions, lambda_states(3), temperature=300.0,
-        out_dir=out, n_frames=12, interval=5, n_equil=50, progress=False,
-    )  # fmt: skip
+    tiny.save_run(out, 3, 12)
     return out
 
 

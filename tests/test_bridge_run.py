@@ -9,8 +9,7 @@ import openmm
 import pytest
 from openmm import app, unit
 
-from openmm_diffforce.alchemy import lambda_states
-from openmm_diffforce.analysis import trajectory_of
+from openmm_diffforce import heads
 from openmm_diffforce.audit import Audit, Gate
 from openmm_diffforce.bridge_run import (
     audit_of,
@@ -23,7 +22,6 @@ from openmm_diffforce.bridge_run import (
 )
 from openmm_diffforce.config import BridgeSettings, check_settings
 from openmm_diffforce.errors import InputError
-from openmm_diffforce.windows import run_windows
 
 from . import tiny
 
@@ -35,13 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     case = tiny.case()
     for k, system in enumerate((case.system_0, case.system_1)):
         (out / f"{k}.xml").write_text(openmm.XmlSerializer.serialize(system))
-        trajectory_of(tiny.frames()[2 * k][:30], case.topology).save_dcd(str(out / f"{k}.dcd"))
+    tiny.save_ends(out, 30)
     with open(out / "top.pdb", "w") as handle:
         app.PDBFile.writeFile(case.topology, case.positions * unit.nanometer, handle)
-    run_windows(
-        case.pair.linear_system(), case.topology, case.positions, lambda_states(2), temperature=300.0,
-        out_dir=out / "run", n_frames=10, interval=5, n_equil=50, progress=False,
-    )  # fmt: skip
+    tiny.save_run(out / "run", 2, 10)
     return out
 
 
@@ -75,6 +70,22 @@ def test_the_tables_temperature_is_the_runs(folder: Path) -> None:
     settings = BridgeSettings(run=folder / "run", temperature=310.0)
     with pytest.raises(InputError, match="expected 300 K, which u_nk says, found 310 K"):
         read_inputs(settings)
+
+
+def test_heads_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "MAX_STEPS", 40)
+    rng = np.random.default_rng(1)
+    x = [rng.normal(2.0 * lam, 1.0, (100, 1)) for lam in (0, 1)]
+    np.savez(tmp_path / "a.npz", x_0=x[0], x_1=x[1], o_0=2 - 2 * x[0][:, 0], o_1=2 - 2 * x[1][:, 0])
+    (tmp_path / "a.yaml").write_text(
+        "arrays: a.npz\nsigmas: [1.0]\nn_copies: 1\nn_bootstrap: 0\nclosure: heads\nsummary: heads\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = run_bridge(bridge_settings(tmp_path / "a.yaml"))
+    assert (run.result.closure, run.result.summary) == ("heads", "heads")
+    assert "gamma" in run.result.level.closures
+    assert "density" not in run.result.level.closures
+    assert run.page.exists()
 
 
 def test_one_system_is_no_pair(folder: Path) -> None:

@@ -215,6 +215,7 @@ def test_closures_of_the_heads(brief: None) -> None:
 
 def test_wrong_heads_fail_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
     right = bridge._heads_of
+    monkeypatch.setattr(heads, "MAX_STEPS", 150)
     assert audit_bridge(bridged(2.0, 400, closure="heads")).verdict != "FAIL"
 
     def too_sure(*arguments: Any) -> heads.Heads:

@@ -12,11 +12,14 @@ import numpy as np
 
 from openmm_diffforce import training
 from openmm_diffforce.alanine import TEMPERATURE, AlanineCase, alanine_case
+from openmm_diffforce.alchemy import lambda_states
+from openmm_diffforce.analysis import trajectory_of
 from openmm_diffforce.artefact import export_artefact
 from openmm_diffforce.models.graph import MolecularGraph
 from openmm_diffforce.models.physics import BaseTables, OperatorTables, PhysicalModel
 from openmm_diffforce.schedule import VESchedule, VPSchedule
 from openmm_diffforce.systems import graph_from_topology, sample
+from openmm_diffforce.windows import run_windows
 
 SIGMA_KNOTS = (0.0, 0.01, 0.05)
 SCHEDULES: dict[str, Any] = {
@@ -47,6 +50,23 @@ def frames() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         )  # fmt: skip
         out += [x, c.pair.operator_values(x)]
     return tuple(out)  # type: ignore[return-value]
+
+
+def save_ends(folder: Path, n_frames: int, suffixes: tuple[str, ...] = ("dcd",)) -> None:
+    """The first frames of both ends as 0.dcd, 1.dcd and so on."""
+    for end in (0, 1):
+        trajectory = trajectory_of(frames()[2 * end][:n_frames], case().topology)
+        for suffix in suffixes:
+            trajectory.save(str(folder / f"{end}.{suffix}"))
+
+
+def save_run(folder: Path, n_windows: int, n_frames: int) -> None:
+    """A short run of lambda windows."""
+    c = case()
+    run_windows(
+        c.pair.linear_system(), c.topology, c.positions, lambda_states(n_windows), temperature=TEMPERATURE,
+        out_dir=folder, n_frames=n_frames, interval=5, n_equil=50, progress=False,
+    )  # fmt: skip
 
 
 def frame() -> np.ndarray:
