@@ -51,9 +51,9 @@ N_MIXTURE_DATA, N_WELL_DATA = 4000, 8000
 
 N_TRAIN, N_TEST, INTERVAL = 8000, 1000, 250
 N_PHYSICAL = 3000
-N_FLOW, FLOW_STEPS = 60, 32
+N_FLOW, FLOW_STEPS = 60, 24
 SIGMA_TOP = SIGMA_RANGE[1]
-NETWORK = NetworkSettings(n_steps=800)
+NETWORK = NetworkSettings(n_steps=500, check_every=100)
 BINS = 18
 
 
@@ -477,8 +477,8 @@ def flow(out: Path) -> dict[str, Any]:
 
     started = time.process_time()
     add(
-        "flow, Heun",
-        learned_energy(score, x, schedule, solver="heun", n_steps=FLOW_STEPS, **common),
+        "flow, RK4",
+        learned_energy(score, x, schedule, n_steps=FLOW_STEPS, **common),
         time.process_time() - started,
     )
     started = time.process_time()
@@ -486,7 +486,7 @@ def flow(out: Path) -> dict[str, Any]:
     add(
         "Stratonovich, 4 noising paths",
         learned_energy(
-            score, x, schedule, method="stratonovich", n_steps=2 * FLOW_STEPS, n_paths=4, generator=generator,
+            score, x, schedule, method="stratonovich", n_steps=32, n_paths=4, generator=generator,
             **common,
         ),
         time.process_time() - started,
