@@ -144,6 +144,18 @@ def test_the_bridge_file_is_valid() -> None:
     assert settings.trajectories[0].name == "window_000.dcd"
 
 
+def test_energies_out_of_scores(tmp_path: Path) -> None:
+    out = run(tmp_path, "08_energy.py", "--frames", "200")
+    worst = {line.split()[0]: float(line.split("worst error ")[1].split()[0]) for line in out.splitlines()
+             if "worst error" in line}  # fmt: skip
+    assert worst["flow"] < 0.001
+    assert worst["stratonovich"] < 0.01
+    assert max(worst.values()) < 1.0
+    assert float(out.split("amber14 ")[-1].split()[0]) > 0.6
+    table = (tmp_path / "example_08" / "energies.csv").read_text().splitlines()
+    assert len(table) == 51
+
+
 @pytest.mark.slow
 def test_the_python_in_readme_runs(tmp_path: Path) -> None:
     text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
