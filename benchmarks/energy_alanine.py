@@ -21,10 +21,10 @@ Tensor = torch.Tensor
 SIGMA_RANGE = (0.01, 1.2)
 """Noise that the network is trained on [nm]; the larger end is where p_T is a Gaussian."""
 
-BLEND = (0.016, 0.024)
+BLEND = (0.015, 0.025)
 """The score goes from the posterior mode to the network between these noise levels [nm]."""
 
-WIDTH, N_STEPS, BATCH, LEARNING_RATE, DECAY = 192, 6000, 256, 2e-3, 0.999
+WIDTH, N_STEPS, BATCH, LEARNING_RATE, DECAY = 256, 6000, 256, 2e-3, 0.999
 SEED = 5200
 
 
@@ -107,7 +107,8 @@ def train(frames: np.ndarray, *, seed: int = SEED, n_steps: int = N_STEPS, repor
     """Denoising score matching on frames [nm]; the moving average of the weights."""
     centred = torch.as_tensor(frames - frames.mean(1, keepdims=True), dtype=torch.float32)
     model = PairScore(centred.double().numpy(), seed)
-    average = {k: v.clone() for k, v in model.state_dict().items()}
+    weights = [w.data for w in model.parameters()]
+    average = [w.clone() for w in weights]
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.layers.parameters(), lr=LEARNING_RATE)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
@@ -124,13 +125,10 @@ def train(frames: np.ndarray, *, seed: int = SEED, n_steps: int = N_STEPS, repor
         fall.step()
         recent.append(float(loss.detach()))
         keep = min(DECAY, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if value.is_floating_point():
-                    average[name].lerp_(value, 1 - keep)
+        torch._foreach_lerp_(average, weights, 1 - keep)
         if report is not None and (step + 1) % 500 == 0:
             report(step + 1, float(np.mean(recent[-500:])), time.process_time() - started)
-    model.load_state_dict(average)
+    torch._foreach_copy_(weights, average)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()

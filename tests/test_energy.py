@@ -1,17 +1,31 @@
 """Energies from scores: every method against exact answers, orders, errors, constants, doors."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
+import mdtraj as md
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from openmm import unit
+from openmm import app, unit
+from typer.testing import CliRunner
 
-from openmm_diffforce.energy import METHODS, EnergyResult, learned_energy, sample_with_energy
-from openmm_diffforce.errors import InputError, ModelError, UnitsError
-from openmm_diffforce.models.action import ActionModel, AutogradAction, model_fields
+from openmm_diffforce import cli
+from openmm_diffforce.artefact import export_artefact, load_artefact
+from openmm_diffforce.energy import (
+    METHODS,
+    EnergyResult,
+    action_energy,
+    energies_of_model,
+    learned_energy,
+    sample_with_energy,
+)
+from openmm_diffforce.errors import InputError, ModelError, NotConservativeError, UnitsError
+from openmm_diffforce.models.action import ActionModel, AutogradAction, ScoreModel, model_fields
+from openmm_diffforce.models.graph import MolecularGraph
 from openmm_diffforce.schedule import VESchedule, VPSchedule
 from openmm_diffforce.scores import GRIDS, GaussianPrior, matched_prior, noise_grid, score_of
 from openmm_diffforce.testing import GaussianMixture
@@ -654,3 +668,135 @@ def test_the_mixture_itself() -> None:
             GaussianMixture(*arguments)
     with pytest.raises(InputError, match="weights"):
         GaussianMixture([[0.0]], 1.0, weights=[0.0])
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+class NoisedWater(torch.nn.Module):
+    """Three atoms, each coordinate N(0, 0.01 nm^2) about their mean, noised by VESchedule(1): exact."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        variance = 0.01 + (t * t) ** 2
+        x = x - x.mean(1, keepdim=True)
+        return 0.5 * (x * x).sum((1, 2)) / variance + 3.0 * torch.log(variance)
+
+
+class NoisedWaterScore(torch.nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return -(x - x.mean(1, keepdim=True)) / (0.01 + (t * t) ** 2)[:, None, None]
+
+
+def water_files(folder: Path, *, sigma_max: float = 1.0, score: bool = False) -> tuple[Path, Path, Path]:
+    """Artefact, trajectory of five frames and PDB file."""
+    graph = MolecularGraph(("O", "H", "H"), ((0, 1), (0, 2)), ("O", "H1", "H2"))
+    model = ScoreModel(NoisedWaterScore()) if score else AutogradAction(NoisedWater(), has_operator=False)
+    export_artefact(
+        model, folder / "water.diffforce", graph=graph, schedule=VESchedule(sigma_max), temperature=310.0
+    )
+    topology = app.Topology()
+    residue = topology.addResidue("HOH", topology.addChain())
+    atoms = [topology.addAtom(name, app.Element.getBySymbol(name[0]), residue) for name in ("O", "H1", "H2")]
+    topology.addBond(atoms[0], atoms[1])
+    topology.addBond(atoms[0], atoms[2])
+    x = 0.1 * rng(17).standard_normal((5, 3, 3)) + 1.0
+    with (folder / "water.pdb").open("w") as handle:
+        app.PDBFile.writeFile(topology, x[0] * unit.nanometer, handle)
+    md.Trajectory(x, md.Topology.from_openmm(topology)).save_dcd(str(folder / "water.dcd"))
+    return folder / "water.diffforce", folder / "water.dcd", folder / "water.pdb"
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, ["energy", *(str(a) for a in arguments)])
+
+
+def test_command_line(tmp_path: Path) -> None:
+    artefact, frames, pdb = water_files(tmp_path)
+    x = md.load_dcd(str(frames), top=str(pdb)).xyz.astype(float)
+    action = 50.0 * ((x - x.mean(axis=1, keepdims=True)) ** 2).sum((1, 2))
+    out = tmp_path / "energies.parquet"
+    done = invoke(artefact, frames, "--topology", pdb, "--reference-frame", 1, "--out", out)
+    assert done.exit_code == 0, done.output
+    table = pd.read_parquet(out)
+    np.testing.assert_allclose(table["energy_kT"], action - action[1], atol=1e-5)
+    np.testing.assert_allclose(
+        table["energy_kJ_mol"], thermal_energy(310.0) * (action - action[1]), atol=1e-4
+    )
+    assert "action: energies of 5 frames, zero at frame 1" in done.output
+    for method in METHODS:
+        arguments = ("--method", method, "--steps", 200 if method in ("ito", "backward_ito") else 40)
+        done = invoke(artefact, frames, "--topology", pdb, "--json", *arguments, "--seed", 3)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.output)
+        assert found["method"] == method
+        assert found["n_dim"] == 6
+        assert found["temperature"] == 310.0
+        exact = action + 3.0 * math.log(2 * math.pi * 0.01)
+        allowed = 0.05 + 4 * np.array(found["standard_error_kT"], dtype=float)
+        # the prior is that of five frames: it is nothing beside the noise at the end
+        assert (np.abs(np.array(found["energy_kT"]) - exact) < allowed + 0.1).all(), method
+        assert found["n_paths"] == (1 if method == "flow" else 8)
+    done = invoke(
+        artefact, frames, "--topology", pdb, "--method", "flow", "--probes", 4, "--prior", frames, "--quiet",
+        "--out", tmp_path / "e.csv", "--temperature", 300,
+    )  # fmt: skip
+    assert done.output.strip() == str(tmp_path / "e.csv")
+    assert (pd.read_csv(tmp_path / "e.csv")["standard_error_kT"] > 0).all()
+
+
+def test_command_line_refuses(tmp_path: Path) -> None:
+    artefact, frames, pdb = water_files(tmp_path)
+    good = (artefact, frames, "--topology", pdb)
+    narrow = tmp_path / "narrow"
+    narrow.mkdir()
+    narrow_artefact = water_files(narrow, sigma_max=0.1)[0]
+    for arguments, message in (
+        ((*good, "--method", "magic"), "--method: expected one of action, flow"),
+        ((*good, "--out", tmp_path / "t.xlsx"), "--out: expected a name that ends in"),
+        ((*good, "--method", "flow", "--steps", "3"), "n_steps: expected an even number"),
+        ((*good, "--method", "ito", "--paths", "0"), "n_paths: expected an integer >= 1"),
+        ((*good, "--reference-frame", "9"), "reference: expected a frame below 5"),
+        ((*good, "--temperature", "-1"), "temperature: expected a finite number > 0"),
+        ((*good, "--method", "flow", "--sigma-min", "3"), "sigma: expected a noise level in"),
+        ((artefact, tmp_path / "none.dcd", "--topology", pdb), "none.dcd"),
+        ((artefact, frames, "--topology", tmp_path / "none.pdb"), "none.pdb"),
+        ((tmp_path / "none", frames, "--topology", pdb), "cannot be read"),
+        ((narrow_artefact, frames, "--topology", pdb, "--method", "flow"), "model: expected noise up to 2"),
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 1, (arguments, done.output)
+        assert message in done.output.replace("\n", " "), (arguments, done.output)
+    insisted = invoke(
+        narrow_artefact, frames, "--topology", pdb, "--method", "flow", "--steps", 4, "--insist"
+    )
+    assert insisted.exit_code == 0
+
+
+def test_another_molecule_is_refused(tmp_path: Path) -> None:
+    artefact, frames, _ = water_files(tmp_path)
+    case = tiny.case()
+    pdb = tmp_path / "alanine.pdb"
+    with pdb.open("w") as handle:
+        app.PDBFile.writeFile(case.topology, case.positions * unit.nanometer, handle)
+    done = invoke(artefact, frames, "--topology", pdb)
+    assert done.exit_code == 1
+    assert "expected the molecule of" in done.output
+
+
+def test_models_and_what_they_cannot_give(tmp_path: Path) -> None:
+    artefact, frames, pdb = water_files(tmp_path, score=True)
+    loaded, x = load_artefact(artefact), md.load_dcd(str(frames), top=str(pdb)).xyz
+    with pytest.raises(NotConservativeError, match="a bare score"):
+        action_energy(loaded, x)
+    found = energies_of_model(loaded, x, n_steps=40)
+    other = tmp_path / "action"
+    other.mkdir()
+    by_action = energies_of_model(load_artefact(water_files(other)[0]), x, n_steps=40)
+    np.testing.assert_allclose(found.log_density, by_action.log_density, atol=1e-5)
+    for x_bad, message in (
+        (x[:1], "two frames or more"), (x[:, :2], "prior|x: expected|atoms"), (x[0], "x: expected shape"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            energies_of_model(loaded, x_bad, prior_frames=x if len(x_bad) == len(x) else None)
+    with pytest.raises(InputError, match="x: expected"):
+        action_energy(tiny.model(), x)

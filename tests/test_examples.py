@@ -158,6 +158,16 @@ def test_dynamics_on_a_learned_action(tmp_path: Path) -> None:
     effective = float(out.split("reweighted to amber14: ")[1].split()[0])
     assert 1 <= effective <= 8
     assert (tmp_path / "example_09" / "phi_psi.png").exists()
+def test_energies_out_of_scores(tmp_path: Path) -> None:
+    out = run(tmp_path, "08_energy.py", "--frames", "200")
+    worst = {line.split()[0]: float(line.split("worst error ")[1].split()[0]) for line in out.splitlines()
+             if "worst error" in line}  # fmt: skip
+    assert worst["flow"] < 0.001
+    assert worst["stratonovich"] < 0.01
+    assert max(worst.values()) < 1.0
+    assert float(out.split("amber14 ")[-1].split()[0]) > 0.6
+    table = (tmp_path / "example_08" / "energies.csv").read_text().splitlines()
+    assert len(table) == 51
 
 
 @pytest.mark.slow
