@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Diffusion sampling as dynamics: the adapter step, its bias, memory, paths, independent starts.
 
     python benchmarks/dynamics.py --out runs/dynamics [--only train,adapter,bias,memory,paths,starts]
@@ -251,7 +250,8 @@ def bias(out: Path) -> dict:
             advice = advise_integrator(integrator, system, frames[:20])
             row[name] = {
                 "a": advice.stiffness, "limit": advice.limit, "verdict": advice.verdict,
-                "predicted": advice.energy_bias if advice.verdict != "unstable" else None, "suggested": advice.suggested, "text": str(advice),
+                "predicted": advice.energy_bias if advice.verdict != "unstable" else None,
+                "suggested": advice.suggested, "text": str(advice),
             }  # fmt: skip
         try:
             row["raw"] = _energy_mean(case.system_0, _adapter(step, SEED + 2), test[0])
@@ -571,169 +571,201 @@ def _pm(pair: Any, digits: int = 2) -> str:
     return f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
 
 
+def _adapter_lines(a: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## The adapter step is overdamped Langevin dynamics",
+        "",
+        "Same noise, 1000 steps inside OpenMM against `harmonic_adapter_step`: largest difference of a",
+        f"coordinate {a['same_noise']:.1e} nm. {N_REPEATS} steps from one frame, against N(x + s/(2k), 1/k)",
+        "in each of the 66 coordinates (sum of squared z-scores, expected 66 +- 11):",
+        "",
+        "| | mean: chi^2, largest z | variance: chi^2, largest z |",
+        "|---|---|---|",
+    ]
+    for name, label in (("adapter", "DiffusionLangevinIntegrator"), ("brownian", "BrownianIntegrator")):
+        each = [a[f"{name}_{what}"] for what in ("mean", "variance")]
+        lines.append(
+            f"| {label} | " + " | ".join(f"{v['chi2']:.0f}, {v['largest']:.1f}" for v in each) + " |"
+        )
+    return lines
+
+
+def _bias_lines(b: dict[str, Any]) -> list[str]:
+    base = b["reference"]
+    lines = [
+        "",
+        "## What a time step costs: predicted before the run, measured after it",
+        "",
+        "![Predicted and measured excess energy](dynamics_bias.png)",
+        "",
+        "Four Gaussian modes, 20000 chains:",
+        "",
+        "| D dt kappa of the stiffest | excess energy predicted [kT] | measured [kT] |",
+        "|---|---|---|",
+    ]
+    for r in b["toy"]:
+        lines.append(f"| {r['a']} | {r['predicted']:.3f} | {r['measured']:.3f} +- {r['error']:.3f} |")
+    lines += [
+        "",
+        "Alanine, amber14. Reference: the frames of the fit (LangevinMiddle, 1 fs), <U> = "
+        f"{_pm([base['mean'], base['error']])} kT.",
+        "The advisor saw 20 training frames, with the Hessian of amber14 (in brackets: of the learned one).",
+        f"Runs of {BIAS_FRAMES * BIAS_INTERVAL} steps.",
+        "",
+        "| step [fs] | D dt kappa | verdict | excess predicted [kT] | measured [kT] | with Metropolis [kT] "
+        "| accepted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def excess(run: dict[str, Any] | None) -> str:
+        if run is None:
+            return "runs away"
+        return f"{run['mean'] - base['mean']:+.2f} +- {np.hypot(run['error'], base['error']):.2f}"
+
+    for r in b["rows"]:
+        known, learned = r["amber14"], r["learned"]
+        said = ["unstable" if v["predicted"] is None else f"{v['predicted']:.2f}" for v in (known, learned)]
+        tamed = f"{excess(r['mala'])} | {r['mala']['acceptance']:.2f}" if "mala" in r else "- | -"
+        lines.append(
+            f"| {r['step'] * 1e3:g} | {known['a']:.2f} ({learned['a']:.2f}) | {known['verdict']} | "
+            f"{said[0]} ({said[1]}) | {excess(r['raw'])} | {tamed} |"
+        )
+    return lines
+
+
+def _memory_lines(m: dict[str, Any]) -> list[str]:
+    length, runs = MEMORY_FRAMES * MEMORY_INTERVAL * STEP, m["runs"]
+    lines = [
+        "",
+        "## Trained on shuffled snapshots, run as dynamics",
+        "",
+        "![Autocorrelation of phi, psi and a distance](dynamics_memory.png)",
+        "",
+        f"{runs['learned']} runs of the learned force (DiffusionLangevinIntegrator) and {runs['amber14']} of "
+        "amber14 (BrownianIntegrator),",
+        f"{length:g} ps each at {STEP * 1e3:g} fs, from held-out frames. Relaxation time: integral of the "
+        "autocorrelation to",
+        f"{N_LAGS * MEMORY_INTERVAL * STEP:g} ps; errors by the jackknife over runs. O...H: from O of ACE to "
+        "H of NME.",
+        "",
+        "| | learned [ps] | amber14 [ps] | z of the difference | z of the curves at "
+        + ", ".join(f"{v:g}" for v in m["rows"]["phi"]["lags_ps"])
+        + " ps |",
+        "|---|---|---|---|---|",
+    ]
+    for what, r in m["rows"].items():
+        one, two = r["learned"], r["amber14"]
+        z = (one[0] - two[0]) / np.hypot(one[1], two[1])
+        each = ", ".join(f"{v:+.1f}" for v in r["z"])
+        lines.append(f"| {what} | {_pm(one, 3)} | {_pm(two, 3)} | {z:+.1f} | {each} |")
+    each = ", ".join(f"{v:.4f}" for v in m["jsd_learned"])
+    lines += [
+        "",
+        "Jensen-Shannon divergence of (phi, psi): learned to two sets of amber14 runs, each as long, "
+        f"{each}; between these",
+        f"{m['jsd_amber14'][0]:.4f} nats. Configurational temperature (the step heats stiff modes in both):",
+        "; ".join(f"{name} {_pm(v, 0)} K" for name, v in m["temperature"].items()) + ".",
+    ]
+    return lines
+
+
+def _path_lines(p: dict[str, Any], fits: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## Divergence of paths: score error and discretisation error apart",
+        "",
+        "A Gaussian mode (nats per ps; exact terms in brackets):",
+        "",
+        "| stiffness learned / true | D dt kappa | score | discretisation |",
+        "|---|---|---|---|",
+    ]
+    for r in p["toy"]:
+        lines.append(
+            f"| {r['wrong']} | {r['a']:.2f} | {_pm(r['score'], 4)} ({r['score_exact']:.4f}) | "
+            f"{_pm(r['discretisation'], 3)} ({r['discretisation_exact']:.3f}) |"
+        )
+    lines += [
+        "",
+        f"Alanine, nats per ps, {N_PATH_FRAMES} held-out frames. The score error is the model's, whatever "
+        "the step; the",
+        "discretisation error is amber14's own, whatever the model; the total holds their cross term.",
+        "",
+        "| training frames | coefficients | force R^2 | score error | "
+        + " | ".join(f"total, {1 / s:.0f} steps/ps" for s in PATH_STEPS)
+        + " |",
+        "|---|---|---|---|" + "---|" * len(PATH_STEPS),
+    ]
+    quality = {(r["n"], r["per_class"]): r for r in fits}
+    for r in p["rows"]:
+        q = quality.get((r["n"], r["per_class"]))
+        known = f"{q['n_coefs']} | {q['r2']:.4f}" if q else "- | -"
+        totals = " | ".join(_pm(t["total"], 0) for t in r["terms"])
+        lines.append(f"| {r['n']} | {known} | {_pm(r['terms'][0]['score'], 0)} | {totals} |")
+    whole = next(r for r in p["rows"] if r["n"] == N_TRAIN and r["per_class"] is None)
+    steps = " | ".join(_pm(t["discretisation"], 0) for t in whole["terms"])
+    lines.append(f"| discretisation alone | | | 0 | {steps} |")
+    if p["own"]:
+        o = p["own"]
+        lines += [
+            "",
+            f"On frames of the learned dynamics itself ({STEP * 1e3:g} fs, {N_TRAIN} training frames): score",
+            f"{_pm(o['score'], 0)}, discretisation {_pm(o['discretisation'], 0)}, "
+            f"total {_pm(o['total'], 0)}.",
+        ]
+    return lines
+
+
+def _start_lines(s: dict[str, Any]) -> list[str]:
+    t = s["toy"]
+    lines = [
+        "",
+        "## Independent samples by diffusion, dynamics from each, reweighting",
+        "",
+        "Two basins in the plane, weights 0.3 and 0.7, a barrier that 500 steps of dynamics do not cross; "
+        "2000 samples:",
+        "",
+        "| | weight of the left basin |",
+        "|---|---|",
+        f"| reverse SDE from the prior ({t['calls']} calls) | {_pm(t['left_diffusion'], 3)} |",
+        f"| the same after 500 steps of dynamics | {_pm(t['left_dynamics'], 3)} |",
+        f"| dynamics alone, started in the right basin | {t['left_one_basin']:.3f} |",
+        f"| reweighted to another energy ({t['ess']:.0%} effective samples; exact {t['left_target']:.3f}) | "
+        f"{_pm(t['left_reweighted'], 3)} |",
+        "",
+        f"Alanine: {N_STARTS} training frames noised to {START_SIGMA} nm and denoised ({s['calls']} calls, "
+        "predictor-corrector),",
+        f"then Metropolis-corrected dynamics on the learned action at {START_STEP * 1e3:g} fs "
+        f"({s['acceptance']:.0%} accepted), reweighted to amber14:",
+        "",
+        f"| | U(amber14) [kT] | effective samples of {N_STARTS} | U reweighted [kT] |",
+        "|---|---|---|---|",
+    ]
+    for name, r in s["stages"].items():
+        sampled = name.startswith("after")
+        ess = f"{r['ess']:.0f} | {_pm(r['u_reweighted'], 1)}" if sampled else "- | -"
+        lines.append(f"| {name} | {_pm(r['u'], 1)} | {ess} |")
+    return lines
+
+
 def table(found: dict[str, Any]) -> list[str]:
     lines = [
         "# Diffusion sampling as dynamics",
         "",
-        "`python benchmarks/dynamics.py`. Alanine dipeptide in vacuum, amber14, 300 K, phi restrained out of C7ax;",
-        f"one model fitted to {N_TRAIN} snapshots in shuffled order (seed {SEED}). Overdamped dynamics, mobilities",
-        f"1/(m friction), friction {FRICTION:g}/ps, Reference platform; errors are one standard error.",
+        "`python benchmarks/dynamics.py`. Alanine dipeptide in vacuum, amber14, 300 K, phi kept out of C7ax;",
+        f"one model fitted to {N_TRAIN} snapshots in shuffled order (seed {SEED}). Overdamped dynamics,",
+        f"mobilities 1/(m friction), friction {FRICTION:g}/ps, Reference platform; standard errors.",
     ]
     if "adapter" in found:
-        a = found["adapter"]
-        lines += [
-            "",
-            "## The adapter step is overdamped Langevin dynamics",
-            "",
-            "Same noise, 1000 steps inside OpenMM against `harmonic_adapter_step`: largest difference of a",
-            f"coordinate {a['same_noise']:.1e} nm. {N_REPEATS} steps from one frame, against N(x + s/(2k), 1/k) in each of",
-            "the 66 coordinates (sum of squared z-scores, expected 66 +- 11):",
-            "",
-            "| | mean: chi^2, largest z | variance: chi^2, largest z |",
-            "|---|---|---|",
-        ]
-        for name, label in (("adapter", "DiffusionLangevinIntegrator"), ("brownian", "BrownianIntegrator")):
-            m, v = a[f"{name}_mean"], a[f"{name}_variance"]
-            lines.append(
-                f"| {label} | {m['chi2']:.0f}, {m['largest']:.1f} | {v['chi2']:.0f}, {v['largest']:.1f} |"
-            )
+        lines += _adapter_lines(found["adapter"])
     if "bias" in found:
-        b = found["bias"]
-        lines += [
-            "",
-            "## What a time step costs: predicted before the run, measured after it",
-            "",
-            "![Predicted and measured excess energy](dynamics_bias.png)",
-            "",
-            "Four Gaussian modes, 20000 chains:",
-            "",
-            "| D dt kappa of the stiffest | excess energy predicted [kT] | measured [kT] |",
-            "|---|---|---|",
-        ]
-        for r in b["toy"]:
-            lines.append(f"| {r['a']} | {r['predicted']:.3f} | {r['measured']:.3f} +- {r['error']:.3f} |")
-        lines += [
-            "",
-            f"Alanine, amber14. Reference: the frames of the fit (LangevinMiddle, 1 fs), <U> = {_pm([b['reference']['mean'], b['reference']['error']])} kT.",
-            "The advisor saw 20 training frames, the Hessian of amber14 or of the learned action.",
-            "",
-            "| step [fs] | D dt kappa, amber14 (learned) | verdict | excess predicted, amber14 (learned) [kT] | measured [kT] | with Metropolis [kT] | accepted |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for r in b["rows"]:
-
-            def excess(run: dict | None) -> str:
-                if run is None:
-                    return "runs away"
-                error = np.hypot(run["error"], b["reference"]["error"])
-                return f"{run['mean'] - b['reference']['mean']:+.2f} +- {error:.2f}"
-
-            said = [r[name]["predicted"] for name in ("amber14", "learned")]
-            text = ["unstable" if v is None else f"{v:.2f}" for v in said]
-            predicted = f"{text[0]} ({text[1]})"
-            mala = excess(r["mala"]) if "mala" in r else "-"
-            rate = f"{r['mala']['acceptance']:.2f}" if "mala" in r else "-"
-            lines.append(
-                f"| {r['step'] * 1e3:g} | {r['amber14']['a']:.2f} ({r['learned']['a']:.2f}) | "
-                f"{r['amber14']['verdict']} | {predicted} | {excess(r['raw'])} | {mala} | {rate} |"
-            )
+        lines += _bias_lines(found["bias"])
     if "memory" in found:
-        m = found["memory"]
-        lines += [
-            "",
-            "## Trained on shuffled snapshots, run as dynamics",
-            "",
-            "![Autocorrelation of phi, psi and a distance](dynamics_memory.png)",
-            "",
-            f"{m['runs']['learned']} runs of the learned force (DiffusionLangevinIntegrator) and {m['runs']['amber14']} of amber14",
-            f"(BrownianIntegrator), {MEMORY_FRAMES * MEMORY_INTERVAL * STEP:g} ps each at {STEP * 1e3:g} fs, from held-out frames. Relaxation time: integral of the",
-            f"autocorrelation to {N_LAGS * MEMORY_INTERVAL * STEP:g} ps; errors by the jackknife over runs.",
-            "",
-            "| | learned [ps] | amber14 [ps] | z of the difference | z of the curves at 0.2, 0.5, 1, 2, 4 ps |",
-            "|---|---|---|---|---|",
-        ]
-        for what, r in m["rows"].items():
-            one, two = r["learned"], r["amber14"]
-            z = (one[0] - two[0]) / np.hypot(one[1], two[1])
-            each = ", ".join(f"{v:+.1f}" for v in r["z"])
-            lines.append(f"| {what} | {_pm(one, 3)} | {_pm(two, 3)} | {z:+.1f} | {each} |")
-        three = m["jsd_amber14"]
-        mean = [float(np.mean(m["jsd_learned"])), float(np.mean(three))]
-        lines += [
-            "",
-            f"Jensen-Shannon divergence of (phi, psi): learned to two equal sets of amber14 runs {mean[0]:.4f} "
-            f"({', '.join(f'{v:.4f}' for v in m['jsd_learned'])}); between these {mean[1]:.4f} nats.",
-            "Configurational temperature [K] (the step heats the stiff modes in both): "
-            + "; ".join(f"{name} {_pm(v, 0)}" for name, v in m["temperature"].items())
-            + ".",
-        ]
+        lines += _memory_lines(found["memory"])
     if "paths" in found:
-        p = found["paths"]
-        lines += [
-            "",
-            "## Divergence of paths: score error and discretisation error apart",
-            "",
-            "A Gaussian mode (per time; exact terms in brackets):",
-            "",
-            "| stiffness learned / true | D dt kappa | score | discretisation |",
-            "|---|---|---|---|",
-        ]
-        for r in p["toy"]:
-            lines.append(
-                f"| {r['wrong']} | {r['a']:.2f} | {_pm(r['score'], 4)} ({r['score_exact']:.4f}) | "
-                f"{_pm(r['discretisation'], 3)} ({r['discretisation_exact']:.3f}) |"
-            )
-        lines += [
-            "",
-            f"Alanine, nats per ps, {N_PATH_FRAMES} held-out frames. The score error is the model's, whatever the step; the",
-            "discretisation error is amber14's own, whatever the model.",
-            "",
-            "| training frames | coefficients | force R^2 | score error | "
-            + " | ".join(f"total, {1 / s:.0f} steps/ps" for s in PATH_STEPS)
-            + " |",
-            "|---|---|---|---|" + "---|" * len(PATH_STEPS),
-        ]
-        quality = {(r["n"], r["per_class"]): r for r in found.get("train", {}).get("rows", [])}
-        for r in p["rows"]:
-            q = quality.get((r["n"], r["per_class"]))
-            known = f"{q['n_coefs']} | {q['r2']:.4f}" if q else "- | -"
-            totals = " | ".join(_pm(t["total"], 0) for t in r["terms"])
-            lines.append(f"| {r['n']} | {known} | {_pm(r['terms'][0]['score'], 1)} | {totals} |")
-        steps = " | ".join(_pm(t["discretisation"], 0) for t in p["rows"][-1]["terms"])
-        lines.append(f"| discretisation alone | | | 0 | {steps} |")
-        if p["own"]:
-            o = p["own"]
-            lines += [
-                "",
-                f"On frames of the learned dynamics itself ({STEP * 1e3:g} fs, {N_TRAIN} training frames): score "
-                f"{_pm(o['score'], 1)}, discretisation {_pm(o['discretisation'], 0)}, total {_pm(o['total'], 0)} nats per ps.",
-            ]
+        lines += _path_lines(found["paths"], found.get("train", {}).get("rows", []))
     if "starts" in found:
-        s, t = found["starts"], found["starts"]["toy"]
-        lines += [
-            "",
-            "## Independent samples by diffusion, dynamics from each, reweighting",
-            "",
-            "Two basins in the plane, weights 0.3 and 0.7, a barrier that 500 steps of dynamics rarely cross; 2000 samples:",
-            "",
-            "| | weight of the left basin |",
-            "|---|---|",
-            f"| reverse SDE from the prior ({t['calls']} calls) | {_pm(t['left_diffusion'], 3)} |",
-            f"| the same after 500 steps of dynamics | {_pm(t['left_dynamics'], 3)} |",
-            f"| dynamics alone, started in the right basin | {t['left_one_basin']:.3f} |",
-            f"| reweighted to another energy (effective samples {t['ess']:.0%}; exact {t['left_target']:.3f}) | {_pm(t['left_reweighted'], 3)} |",
-            "",
-            f"Alanine: {N_STARTS} training frames noised to {START_SIGMA} nm and denoised ({s['calls']} score calls, predictor-corrector),",
-            f"then Metropolis-corrected dynamics on the learned action at {START_STEP * 1e3:g} fs ({s['acceptance']:.0%} accepted), reweighted to amber14:",
-            "",
-            f"| | U(amber14) [kT] | effective samples of {N_STARTS} | U reweighted [kT] |",
-            "|---|---|---|---|",
-        ]
-        for name, r in s["stages"].items():
-            sampled = name.startswith("after")
-            ess = f"{r['ess']:.0f}" if sampled else "-"
-            energy = _pm(r["u_reweighted"], 1) if sampled else "-"
-            lines.append(f"| {name} | {_pm(r['u'], 1)} | {ess} | {energy} |")
+        lines += _start_lines(found["starts"])
     return lines
 
 
