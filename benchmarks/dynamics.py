@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Diffusion sampling as dynamics: the adapter step, its bias, memory, paths, independent starts.
 
     python benchmarks/dynamics.py --out runs/dynamics [--only train,adapter,bias,memory,paths,starts]
@@ -34,6 +33,7 @@ from openmm_diffforce.scores import noise_grid, score_of
 from openmm_diffforce.step_size import advise_integrator, advise_step, curvature_spectrum
 from openmm_diffforce.systems import forces, graph_from_topology, potential_energies, sample
 from openmm_diffforce.testing import GaussianMixture
+from openmm_diffforce.systems import clone_system, forces, graph_from_topology, potential_energies, sample
 from openmm_diffforce.units import thermal_energy
 
 SEED = 50
@@ -60,10 +60,18 @@ UNSTABLE_STEP = 4e-4
 BIAS_FRAMES, BIAS_INTERVAL = 3000, 80
 
 # memory
-N_LEARNED, N_CLASSICAL = 4, 8
+EQUAL_MASS = 12.0
+"""[Da] of every atom: equal mobilities, with which slow torsions move farthest in a stable step.
+The masses of overdamped dynamics are mobilities alone; both dynamics have these."""
+MEMORY_STEP = 3.5e-4
+"""[ps]; by the advisor, as ``STEP``."""
+N_LEARNED, N_CLASSICAL = 5, 10
 MEMORY_FRAMES, MEMORY_INTERVAL = 2000, 100
-N_LAGS = 400
-"""4 ps of 20."""
+"""70 ps a run. (A first try with the mobilities above gave 20 ps, two relaxation times of psi.)"""
+N_LAGS = 571
+"""20 ps."""
+LAGS = (14, 29, 57, 143, 286)
+"""0.5, 1, 2, 5, 10 ps."""
 
 # paths
 N_PATH_FRAMES = 500
@@ -254,7 +262,8 @@ def bias(out: Path) -> dict:
             advice = advise_integrator(integrator, system, frames[:20])
             row[name] = {
                 "a": advice.stiffness, "limit": advice.limit, "verdict": advice.verdict,
-                "predicted": advice.energy_bias if advice.verdict != "unstable" else None, "suggested": advice.suggested, "text": str(advice),
+                "predicted": advice.energy_bias if advice.verdict != "unstable" else None,
+                "suggested": advice.suggested, "text": str(advice),
             }  # fmt: skip
         try:
             row["raw"] = _energy_mean(case.system_0, _adapter(step, SEED + 2), test[0])
@@ -328,29 +337,36 @@ def memory(out: Path) -> dict:
     """The claim: a model that saw shuffled snapshots alone moves with the force field's memory."""
     case = _case()
     _, test = _frames(out)
+    system = clone_system(case.system_0)
     learned = learned_base_system(case, _model_path(out, N_TRAIN, None))
+    for one in (system, learned):
+        for i in range(one.getNumParticles()):
+            one.setParticleMass(i, EQUAL_MASS)
     # Starts: held-out frames, spread over the test run; others for either dynamics.
     spread = np.linspace(0, N_TEST - 1, N_LEARNED + N_CLASSICAL).astype(int)
-    starts = {"learned": spread[:: (len(spread) - 1) // (N_LEARNED - 1)][:N_LEARNED]}
-    starts["amber14"] = np.array([s for s in spread if s not in starts["learned"]])
-    frames = {}
-    for name, system in (("amber14", case.system_0), ("learned", learned)):
-        path = out / f"memory_{name}.npz"
-        if not path.exists():
-            integrator = _brownian(STEP, SEED + 1) if name == "amber14" else _adapter(STEP, SEED)
-            found = independent_then_dynamics(
-                system,
-                test[starts[name]],
-                integrator,
-                n_frames=MEMORY_FRAMES,
-                interval=MEMORY_INTERVAL,
-                n_equil=20 * MEMORY_INTERVAL,
-                progress=lambda i, n, name=name: print(f"  {name}: run {i} of {n}", flush=True),
-            ).frames
-            np.savez(path, x=found.astype(np.float32))
-        with np.load(path) as kept:
-            frames[name] = kept["x"].astype(np.float64)
-    interval = STEP * MEMORY_INTERVAL
+    first = spread[:: len(spread) // N_LEARNED]
+    starts = {"learned": first, "amber14": np.array([s for s in spread if s not in first])}
+    frames: dict[str, Any] = {}
+    for name, one in (("learned", learned), ("amber14", system)):
+        make = _brownian if name == "amber14" else _adapter
+        runs = []
+        for k, start in enumerate(starts[name]):
+            path = out / f"memory_{name}_{k}.npz"
+            if not path.exists():
+                x = independent_then_dynamics(
+                    one,
+                    test[start],
+                    make(MEMORY_STEP, SEED + 100 * k + (name == "amber14")),
+                    n_frames=MEMORY_FRAMES,
+                    interval=MEMORY_INTERVAL,
+                    n_equil=20 * MEMORY_INTERVAL,
+                ).frames[0]
+                np.savez(path, x=x.astype(np.float32))
+                print(f"  {name}: run {k + 1} of {len(starts[name])}", flush=True)
+            with np.load(path) as kept:
+                runs.append(kept["x"].astype(np.float64))
+        frames[name] = np.array(runs)
+    interval = MEMORY_STEP * MEMORY_INTERVAL
     seen = {name: [_observables(run, case) for run in x] for name, x in frames.items()}
     curves, rows = {}, {}
     for what in ("phi", "psi", "O...H"):
@@ -358,7 +374,7 @@ def memory(out: Path) -> dict:
             series = np.array([run[what] for run in seen[name]])
             curves[what, name] = analysis.autocorrelation(series, N_LAGS, interval=interval)
         one, two = curves[what, "learned"], curves[what, "amber14"]
-        lags = [N_LAGS * k // 400 for k in (20, 50, 100, 200, 400)]  # 0.2 to 4 ps
+        lags = list(LAGS)
         z = (one.correlation - two.correlation)[lags] / np.hypot(one.error, two.error)[lags]
         rows[what] = {
             "learned": [one.time, one.time_error],
@@ -382,12 +398,12 @@ def memory(out: Path) -> dict:
     angles = {name: [run["angles"] for run in runs] for name, runs in seen.items()}
     halves = [np.concatenate(angles["amber14"][k::2]) for k in range(2)]  # each as long as learned
     hot = {}
-    for name, system in (("learned", learned), ("amber14", case.system_0)):
+    for name, one in (("learned", learned), ("amber14", system)):
         every = frames[name].reshape(-1, *test.shape[1:])[
             :: max(1, frames[name].shape[0] * MEMORY_FRAMES // 300)
         ]
         for method in ("laplacian", "virial"):
-            t = analysis.configurational_temperature(every, lambda f, s=system: forces(s, f), method=method)
+            t = analysis.configurational_temperature(every, lambda f, s=one: forces(s, f), method=method)
             hot[f"{name}, {method}"] = [t.temperature, t.error]
     pooled = {name: np.concatenate(runs) for name, runs in angles.items()}
     return {
@@ -452,12 +468,12 @@ def paths(out: Path) -> dict:
         rows.append(row)
         print(f"  {row}", flush=True)
     own = None
-    if (out / "memory_learned.npz").exists():
-        with np.load(out / "memory_learned.npz") as kept:
-            x = kept["x"].astype(np.float64).reshape(-1, *test.shape[1:])
+    own_runs = sorted(out.glob("memory_learned_*.npz"))
+    if own_runs:
+        x = np.concatenate([np.load(path)["x"].astype(np.float64) for path in own_runs])
         found = path_divergence(
             learned_score(_model_path(out, N_TRAIN, None)), reference, x[:: len(x) // N_PATH_FRAMES],
-            diffusion, STEP, generator=np.random.default_rng(SEED),
+            KT / (EQUAL_MASS * FRICTION), MEMORY_STEP, generator=np.random.default_rng(SEED),
         )  # fmt: skip
         own = {"score": found.score, "discretisation": found.discretisation, "total": found.total}
     return {"toy": toy, "rows": rows, "own": own}
@@ -570,169 +586,202 @@ def _pm(pair: Any, digits: int = 2) -> str:
     return f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
 
 
+def _adapter_lines(a: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## The adapter step is overdamped Langevin dynamics",
+        "",
+        "Same noise, 1000 steps inside OpenMM against `harmonic_adapter_step`: largest difference of a",
+        f"coordinate {a['same_noise']:.1e} nm. {N_REPEATS} steps from one frame, against N(x + s/(2k), 1/k)",
+        "in each of the 66 coordinates (sum of squared z-scores, expected 66 +- 11):",
+        "",
+        "| | mean: chi^2, largest z | variance: chi^2, largest z |",
+        "|---|---|---|",
+    ]
+    for name, label in (("adapter", "DiffusionLangevinIntegrator"), ("brownian", "BrownianIntegrator")):
+        each = [a[f"{name}_{what}"] for what in ("mean", "variance")]
+        lines.append(
+            f"| {label} | " + " | ".join(f"{v['chi2']:.0f}, {v['largest']:.1f}" for v in each) + " |"
+        )
+    return lines
+
+
+def _bias_lines(b: dict[str, Any]) -> list[str]:
+    base = b["reference"]
+    lines = [
+        "",
+        "## What a time step costs: predicted before the run, measured after it",
+        "",
+        "![Predicted and measured excess energy](dynamics_bias.png)",
+        "",
+        "Four Gaussian modes, 20000 chains:",
+        "",
+        "| D dt kappa of the stiffest | excess energy predicted [kT] | measured [kT] |",
+        "|---|---|---|",
+    ]
+    for r in b["toy"]:
+        lines.append(f"| {r['a']} | {r['predicted']:.3f} | {r['measured']:.3f} +- {r['error']:.3f} |")
+    lines += [
+        "",
+        "Alanine, amber14. Reference: the frames of the fit (LangevinMiddle, 1 fs), <U> = "
+        f"{_pm([base['mean'], base['error']])} kT.",
+        "The advisor saw 20 training frames, with the Hessian of amber14 (in brackets: of the learned one).",
+        f"Runs of {BIAS_FRAMES * BIAS_INTERVAL} steps.",
+        "",
+        "| step [fs] | D dt kappa | verdict | excess predicted [kT] | measured [kT] | with Metropolis [kT] "
+        "| accepted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def excess(run: dict[str, Any] | None) -> str:
+        if run is None:
+            return "runs away"
+        return f"{run['mean'] - base['mean']:+.2f} +- {np.hypot(run['error'], base['error']):.2f}"
+
+    for r in b["rows"]:
+        known, learned = r["amber14"], r["learned"]
+        said = ["unstable" if v["predicted"] is None else f"{v['predicted']:.2f}" for v in (known, learned)]
+        tamed = f"{excess(r['mala'])} | {r['mala']['acceptance']:.2f}" if "mala" in r else "- | -"
+        lines.append(
+            f"| {r['step'] * 1e3:g} | {known['a']:.2f} ({learned['a']:.2f}) | {known['verdict']} | "
+            f"{said[0]} ({said[1]}) | {excess(r['raw'])} | {tamed} |"
+        )
+    return lines
+
+
+def _memory_lines(m: dict[str, Any]) -> list[str]:
+    length, longest = (n * MEMORY_INTERVAL * MEMORY_STEP for n in (MEMORY_FRAMES, N_LAGS))
+    runs = m["runs"]
+    lines = [
+        "",
+        "## Trained on shuffled snapshots, run as dynamics",
+        "",
+        "![Autocorrelation of phi, psi and a distance](dynamics_memory.png)",
+        "",
+        f"{runs['learned']} runs of the learned force (DiffusionLangevinIntegrator) and {runs['amber14']} of "
+        "amber14 (BrownianIntegrator),",
+        f"{length:g} ps each at {MEMORY_STEP * 1e3:g} fs, from held-out frames; equal mobilities (every mass "
+        f"{EQUAL_MASS:g} Da). Relaxation time:",
+        f"integral of the autocorrelation to {longest:.0f} ps; errors by the jackknife",
+        "over runs. O...H: from O of ACE to H of NME.",
+        "",
+        "| | learned [ps] | amber14 [ps] | z of the difference | z of the curves at "
+        + ", ".join(f"{v:.1f}" for v in m["rows"]["phi"]["lags_ps"])
+        + " ps |",
+        "|---|---|---|---|---|",
+    ]
+    for what, r in m["rows"].items():
+        one, two = r["learned"], r["amber14"]
+        z = (one[0] - two[0]) / np.hypot(one[1], two[1])
+        each = ", ".join(f"{v:+.1f}" for v in r["z"])
+        lines.append(f"| {what} | {_pm(one, 3)} | {_pm(two, 3)} | {z:+.1f} | {each} |")
+    each = ", ".join(f"{v:.4f}" for v in m["jsd_learned"])
+    lines += [
+        "",
+        "Jensen-Shannon divergence of (phi, psi): learned to two sets of amber14 runs, each as long, "
+        f"{each}; between these",
+        f"{m['jsd_amber14'][0]:.4f} nats. Configurational temperature (the step heats stiff modes in both):",
+        "; ".join(f"{name} {_pm(v, 0)} K" for name, v in m["temperature"].items()) + ".",
+    ]
+    return lines
+
+
+def _path_lines(p: dict[str, Any], fits: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## Divergence of paths: score error and discretisation error apart",
+        "",
+        "A Gaussian mode (nats per ps; exact terms in brackets):",
+        "",
+        "| stiffness learned / true | D dt kappa | score | discretisation |",
+        "|---|---|---|---|",
+    ]
+    for r in p["toy"]:
+        lines.append(
+            f"| {r['wrong']} | {r['a']:.2f} | {_pm(r['score'], 4)} ({r['score_exact']:.4f}) | "
+            f"{_pm(r['discretisation'], 3)} ({r['discretisation_exact']:.3f}) |"
+        )
+    lines += [
+        "",
+        f"Alanine, nats per ps, {N_PATH_FRAMES} held-out frames. The score error is the model's, whatever "
+        "the step; the",
+        "discretisation error is amber14's own, whatever the model; the total holds their cross term.",
+        "",
+        "| training frames | coefficients | force R^2 | score error | "
+        + " | ".join(f"total, {1 / s:.0f} steps/ps" for s in PATH_STEPS)
+        + " |",
+        "|---|---|---|---|" + "---|" * len(PATH_STEPS),
+    ]
+    quality = {(r["n"], r["per_class"]): r for r in fits}
+    for r in p["rows"]:
+        q = quality.get((r["n"], r["per_class"]))
+        known = f"{q['n_coefs']} | {q['r2']:.4f}" if q else "- | -"
+        totals = " | ".join(_pm(t["total"], 0) for t in r["terms"])
+        lines.append(f"| {r['n']} | {known} | {_pm(r['terms'][0]['score'], 0)} | {totals} |")
+    whole = next(r for r in p["rows"] if r["n"] == N_TRAIN and r["per_class"] is None)
+    steps = " | ".join(_pm(t["discretisation"], 0) for t in whole["terms"])
+    lines.append(f"| discretisation alone | | | 0 | {steps} |")
+    if p["own"]:
+        o = p["own"]
+        lines += [
+            "",
+            f"On frames of the learned dynamics above ({MEMORY_STEP * 1e3:g} fs, equal mobilities): score",
+            f"{_pm(o['score'], 0)}, discretisation {_pm(o['discretisation'], 0)}, "
+            f"total {_pm(o['total'], 0)}.",
+        ]
+    return lines
+
+
+def _start_lines(s: dict[str, Any]) -> list[str]:
+    t = s["toy"]
+    lines = [
+        "",
+        "## Independent samples by diffusion, dynamics from each, reweighting",
+        "",
+        "Two basins in the plane, weights 0.3 and 0.7, a barrier that 500 steps of dynamics do not cross; "
+        "2000 samples:",
+        "",
+        "| | weight of the left basin |",
+        "|---|---|",
+        f"| reverse SDE from the prior ({t['calls']} calls) | {_pm(t['left_diffusion'], 3)} |",
+        f"| the same after 500 steps of dynamics | {_pm(t['left_dynamics'], 3)} |",
+        f"| dynamics alone, started in the right basin | {t['left_one_basin']:.3f} |",
+        f"| reweighted to another energy ({t['ess']:.0%} effective samples; exact {t['left_target']:.3f}) | "
+        f"{_pm(t['left_reweighted'], 3)} |",
+        "",
+        f"Alanine: {N_STARTS} training frames noised to {START_SIGMA} nm and denoised ({s['calls']} calls, "
+        "predictor-corrector),",
+        f"then Metropolis-corrected dynamics on the learned action at {START_STEP * 1e3:g} fs "
+        f"({s['acceptance']:.0%} accepted), reweighted to amber14:",
+        "",
+        f"| | U(amber14) [kT] | effective samples of {N_STARTS} | U reweighted [kT] |",
+        "|---|---|---|---|",
+    ]
+    for name, r in s["stages"].items():
+        sampled = name.startswith("after")
+        ess = f"{r['ess']:.0f} | {_pm(r['u_reweighted'], 1)}" if sampled else "- | -"
+        lines.append(f"| {name} | {_pm(r['u'], 1)} | {ess} |")
+    return lines
+
+
 def table(found: dict[str, Any]) -> list[str]:
     lines = [
         "# Diffusion sampling as dynamics",
         "",
-        "`python benchmarks/dynamics.py`. Alanine dipeptide in vacuum, amber14, 300 K, phi restrained out of C7ax;",
-        f"one model fitted to {N_TRAIN} snapshots in shuffled order (seed {SEED}). Overdamped dynamics, mobilities",
-        f"1/(m friction), friction {FRICTION:g}/ps, Reference platform; errors are one standard error.",
+        "`python benchmarks/dynamics.py`. Alanine dipeptide in vacuum, amber14, 300 K, phi kept out of C7ax;",
+        f"one model fitted to {N_TRAIN} snapshots in shuffled order (seed {SEED}). Overdamped dynamics,",
+        f"mobilities 1/(m friction), friction {FRICTION:g}/ps, Reference platform; standard errors.",
     ]
     if "adapter" in found:
-        a = found["adapter"]
-        lines += [
-            "",
-            "## The adapter step is overdamped Langevin dynamics",
-            "",
-            "Same noise, 1000 steps inside OpenMM against `harmonic_adapter_step`: largest difference of a",
-            f"coordinate {a['same_noise']:.1e} nm. {N_REPEATS} steps from one frame, against N(x + s/(2k), 1/k) in each of",
-            "the 66 coordinates (sum of squared z-scores, expected 66 +- 11):",
-            "",
-            "| | mean: chi^2, largest z | variance: chi^2, largest z |",
-            "|---|---|---|",
-        ]
-        for name, label in (("adapter", "DiffusionLangevinIntegrator"), ("brownian", "BrownianIntegrator")):
-            m, v = a[f"{name}_mean"], a[f"{name}_variance"]
-            lines.append(
-                f"| {label} | {m['chi2']:.0f}, {m['largest']:.1f} | {v['chi2']:.0f}, {v['largest']:.1f} |"
-            )
+        lines += _adapter_lines(found["adapter"])
     if "bias" in found:
-        b = found["bias"]
-        lines += [
-            "",
-            "## What a time step costs: predicted before the run, measured after it",
-            "",
-            "![Predicted and measured excess energy](dynamics_bias.png)",
-            "",
-            "Four Gaussian modes, 20000 chains:",
-            "",
-            "| D dt kappa of the stiffest | excess energy predicted [kT] | measured [kT] |",
-            "|---|---|---|",
-        ]
-        for r in b["toy"]:
-            lines.append(f"| {r['a']} | {r['predicted']:.3f} | {r['measured']:.3f} +- {r['error']:.3f} |")
-        lines += [
-            "",
-            f"Alanine, amber14. Reference: the frames of the fit (LangevinMiddle, 1 fs), <U> = {_pm([b['reference']['mean'], b['reference']['error']])} kT.",
-            "The advisor saw 20 training frames, the Hessian of amber14 or of the learned action.",
-            "",
-            "| step [fs] | D dt kappa, amber14 (learned) | verdict | excess predicted, amber14 (learned) [kT] | measured [kT] | with Metropolis [kT] | accepted |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for r in b["rows"]:
-
-            def excess(run: dict | None) -> str:
-                if run is None:
-                    return "runs away"
-                error = np.hypot(run["error"], b["reference"]["error"])
-                return f"{run['mean'] - b['reference']['mean']:+.2f} +- {error:.2f}"
-
-            said = [r[name]["predicted"] for name in ("amber14", "learned")]
-            text = ["unstable" if v is None else f"{v:.2f}" for v in said]
-            predicted = f"{text[0]} ({text[1]})"
-            mala = excess(r["mala"]) if "mala" in r else "-"
-            rate = f"{r['mala']['acceptance']:.2f}" if "mala" in r else "-"
-            lines.append(
-                f"| {r['step'] * 1e3:g} | {r['amber14']['a']:.2f} ({r['learned']['a']:.2f}) | "
-                f"{r['amber14']['verdict']} | {predicted} | {excess(r['raw'])} | {mala} | {rate} |"
-            )
+        lines += _bias_lines(found["bias"])
     if "memory" in found:
-        m = found["memory"]
-        lines += [
-            "",
-            "## Trained on shuffled snapshots, run as dynamics",
-            "",
-            "![Autocorrelation of phi, psi and a distance](dynamics_memory.png)",
-            "",
-            f"{m['runs']['learned']} runs of the learned force (DiffusionLangevinIntegrator) and {m['runs']['amber14']} of amber14",
-            f"(BrownianIntegrator), {MEMORY_FRAMES * MEMORY_INTERVAL * STEP:g} ps each at {STEP * 1e3:g} fs, from held-out frames. Relaxation time: integral of the",
-            f"autocorrelation to {N_LAGS * MEMORY_INTERVAL * STEP:g} ps; errors by the jackknife over runs.",
-            "",
-            "| | learned [ps] | amber14 [ps] | z of the difference | z of the curves at 0.2, 0.5, 1, 2, 4 ps |",
-            "|---|---|---|---|---|",
-        ]
-        for what, r in m["rows"].items():
-            one, two = r["learned"], r["amber14"]
-            z = (one[0] - two[0]) / np.hypot(one[1], two[1])
-            each = ", ".join(f"{v:+.1f}" for v in r["z"])
-            lines.append(f"| {what} | {_pm(one, 3)} | {_pm(two, 3)} | {z:+.1f} | {each} |")
-        three = m["jsd_amber14"]
-        mean = [float(np.mean(m["jsd_learned"])), float(np.mean(three))]
-        lines += [
-            "",
-            f"Jensen-Shannon divergence of (phi, psi): learned to two equal sets of amber14 runs {mean[0]:.4f} "
-            f"({', '.join(f'{v:.4f}' for v in m['jsd_learned'])}); between these {mean[1]:.4f} nats.",
-            "Configurational temperature [K] (the step heats the stiff modes in both): "
-            + "; ".join(f"{name} {_pm(v, 0)}" for name, v in m["temperature"].items())
-            + ".",
-        ]
+        lines += _memory_lines(found["memory"])
     if "paths" in found:
-        p = found["paths"]
-        lines += [
-            "",
-            "## Divergence of paths: score error and discretisation error apart",
-            "",
-            "A Gaussian mode (per time; exact terms in brackets):",
-            "",
-            "| stiffness learned / true | D dt kappa | score | discretisation |",
-            "|---|---|---|---|",
-        ]
-        for r in p["toy"]:
-            lines.append(
-                f"| {r['wrong']} | {r['a']:.2f} | {_pm(r['score'], 4)} ({r['score_exact']:.4f}) | "
-                f"{_pm(r['discretisation'], 3)} ({r['discretisation_exact']:.3f}) |"
-            )
-        lines += [
-            "",
-            f"Alanine, nats per ps, {N_PATH_FRAMES} held-out frames. The score error is the model's, whatever the step; the",
-            "discretisation error is amber14's own, whatever the model.",
-            "",
-            "| training frames | coefficients | force R^2 | score error | "
-            + " | ".join(f"total, {1 / s:.0f} steps/ps" for s in PATH_STEPS)
-            + " |",
-            "|---|---|---|---|" + "---|" * len(PATH_STEPS),
-        ]
-        quality = {(r["n"], r["per_class"]): r for r in found.get("train", {}).get("rows", [])}
-        for r in p["rows"]:
-            q = quality.get((r["n"], r["per_class"]))
-            known = f"{q['n_coefs']} | {q['r2']:.4f}" if q else "- | -"
-            totals = " | ".join(_pm(t["total"], 0) for t in r["terms"])
-            lines.append(f"| {r['n']} | {known} | {_pm(r['terms'][0]['score'], 1)} | {totals} |")
-        steps = " | ".join(_pm(t["discretisation"], 0) for t in p["rows"][-1]["terms"])
-        lines.append(f"| discretisation alone | | | 0 | {steps} |")
-        if p["own"]:
-            o = p["own"]
-            lines += [
-                "",
-                f"On frames of the learned dynamics itself ({STEP * 1e3:g} fs, {N_TRAIN} training frames): score "
-                f"{_pm(o['score'], 1)}, discretisation {_pm(o['discretisation'], 0)}, total {_pm(o['total'], 0)} nats per ps.",
-            ]
+        lines += _path_lines(found["paths"], found.get("train", {}).get("rows", []))
     if "starts" in found:
-        s, t = found["starts"], found["starts"]["toy"]
-        lines += [
-            "",
-            "## Independent samples by diffusion, dynamics from each, reweighting",
-            "",
-            "Two basins in the plane, weights 0.3 and 0.7, a barrier that 500 steps of dynamics rarely cross; 2000 samples:",
-            "",
-            "| | weight of the left basin |",
-            "|---|---|",
-            f"| reverse SDE from the prior ({t['calls']} calls) | {_pm(t['left_diffusion'], 3)} |",
-            f"| the same after 500 steps of dynamics | {_pm(t['left_dynamics'], 3)} |",
-            f"| dynamics alone, started in the right basin | {t['left_one_basin']:.3f} |",
-            f"| reweighted to another energy (effective samples {t['ess']:.0%}; exact {t['left_target']:.3f}) | {_pm(t['left_reweighted'], 3)} |",
-            "",
-            f"Alanine: {N_STARTS} training frames noised to {START_SIGMA} nm and denoised ({s['calls']} score calls, predictor-corrector),",
-            f"then Metropolis-corrected dynamics on the learned action at {START_STEP * 1e3:g} fs ({s['acceptance']:.0%} accepted), reweighted to amber14:",
-            "",
-            f"| | U(amber14) [kT] | effective samples of {N_STARTS} | U reweighted [kT] |",
-            "|---|---|---|---|",
-        ]
-        for name, r in s["stages"].items():
-            sampled = name.startswith("after")
-            ess = f"{r['ess']:.0f}" if sampled else "-"
-            energy = _pm(r["u_reweighted"], 1) if sampled else "-"
-            lines.append(f"| {name} | {_pm(r['u'], 1)} | {ess} | {energy} |")
+        lines += _start_lines(found["starts"])
     return lines
 
 

@@ -25,6 +25,7 @@ from openmm_diffforce.models.action import ScoreModel, model_fields
 from openmm_diffforce.sampler import harmonic_adapter_step
 from openmm_diffforce.systems import forces
 from openmm_diffforce.units import thermal_energy
+from openmm_diffforce.windows import run_windows
 
 from . import tiny
 
@@ -398,6 +399,15 @@ def with_site() -> openmm.System:
     system.addParticle(0.0)
     system.setVirtualSite(2, openmm.TwoParticleAverageSite(0, 1, 0.5, 0.5))
     return system
+
+
+def test_windows_refuse_an_unknown_integrator(tmp_path: Path) -> None:
+    case = tiny.case()
+    with pytest.raises(InputError, match='integrator: expected "langevin" or "diffusion"'):
+        run_windows(
+            case.system_0, case.topology, case.positions, [{"lambda": 0.0}], temperature=300.0,
+            out_dir=tmp_path, n_frames=1, integrator="brownian",
+        )  # fmt: skip
 
 
 Make = DiffusionLangevinIntegrator

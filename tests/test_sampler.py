@@ -52,6 +52,30 @@ def test_samples_of_a_gaussian(kind: str, method: str) -> None:
     assert found.calls == {"sde": 400, "flow": 800, "pc": 800}[method]
 
 
+def test_the_ancestral_step_is_exact_for_a_point() -> None:
+    """All data at one point: whatever the grid, z at each level is N(point, tau^2)."""
+    schedule, random = VESchedule(0.5), np.random.default_rng(12)
+    times = sampler.diffusion_times(schedule, 3, sigma_min=0.05)
+    y = sampler.prior_frames((4000, 2), schedule, 1.0, generator=random, mean=MEAN)
+    found = sampler.reverse_sde(
+        lambda y, t: -(y - MEAN) / float(schedule.sigma(t)) ** 2, y, schedule, times=times, generator=random,
+        final="keep",
+    )  # fmt: skip
+    assert np.abs(z_scores(found.samples, MEAN, np.full(2, 0.05**2))).max() < 3.5
+
+
+def test_the_corrector_has_the_bias_it_says() -> None:
+    """Along a direction without signal r = D dt kappa: variance tau^2 / (1 - r/2)."""
+    schedule, random = VESchedule(0.5), np.random.default_rng(13)
+    found = sampler.predictor_corrector(
+        lambda y, t: -(y - MEAN) / float(schedule.sigma(t)) ** 2,
+        sampler.prior_frames((3000, 2), schedule, 1.0, generator=random, mean=MEAN), schedule,
+        times=[1.0, 0.5], generator=random, final="keep", n_corrector=12, corrector_step=0.6,
+    )  # fmt: skip
+    tau = float(schedule.sigma(0.5))
+    assert np.abs(z_scores(found.samples, MEAN, np.full(2, tau**2 / 0.7))).max() < 3.5
+
+
 def test_the_last_denoising_is_the_mean_and_narrows() -> None:
     kept, mean = (sample("VP", "sde", 50, final=f) for f in ("keep", "denoise"))
     tau = kept.residual_noise
