@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from .artefact import load_artefact as load_artefact
     from .bridge import noisy_operator_bridge as noisy_operator_bridge
     from .density import fit_operator_density as fit_operator_density
+    from .docking.adapter import ExternalDockingModel as ExternalDockingModel
+    from .docking.rigid import PosePrior as PosePrior
+    from .docking.rigid import Poses as Poses
+    from .docking.rigid import RigidSchedule as RigidSchedule
+    from .docking.rigid import noise_poses as noise_poses
+    from .docking.rigid import sample_poses as sample_poses
+    from .docking.rigid_energy import pose_flow_energy as pose_flow_energy
+    from .docking.rigid_energy import pose_path_energy as pose_path_energy
     from .errors import DiffForceError as DiffForceError
     from .exchange import run_expanded_ensemble as run_expanded_ensemble
     from .exchange import run_replica_exchange as run_replica_exchange
@@ -52,10 +60,14 @@ _HOME = {
     "DomainReporter": "reporters",
     "EndStatePair": "alchemy",
     "EnvelopeAction": "models.envelope",
+    "ExternalDockingModel": "docking.adapter",
     "MolecularGraph": "models.graph",
     "NetworkAction": "models.network",
     "NetworkSettings": "network_training",
     "PhysicalModel": "models.physics",
+    "PosePrior": "docking.rigid",
+    "Poses": "docking.rigid",
+    "RigidSchedule": "docking.rigid",
     "ScoreModel": "models.action",
     "VESchedule": "schedule",
     "VPSchedule": "schedule",
@@ -72,12 +84,16 @@ _HOME = {
     "load_artefact": "artefact",
     "mix": "force",
     "model_fields": "models.action",
+    "noise_poses": "docking.rigid",
     "noisy_operator_bridge": "bridge",
     "pair_splines": "pair_features",
+    "pose_flow_energy": "docking.rigid_energy",
+    "pose_path_energy": "docking.rigid_energy",
     "run_expanded_ensemble": "exchange",
     "run_posterior_bridge": "posterior_bridge",
     "run_replica_exchange": "exchange",
     "run_windows": "windows",
+    "sample_poses": "docking.rigid",
 }
 
 __all__ = [*_HOME, "__version__"]

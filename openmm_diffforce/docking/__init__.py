@@ -7,10 +7,18 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "DFMDOCK_SCHEDULE": "adapter",
+    "ExternalDockingModel": "adapter",
+    "PoseEnergyResult": "rigid_energy",
+    "PoseMixture": "mixture",
+    "PosePrior": "rigid",
     "Poses": "rigid",
     "RigidSchedule": "rigid",
     "noise_poses": "rigid",
+    "pose_flow_energy": "rigid_energy",
+    "pose_path_energy": "rigid_energy",
     "sample_poses": "rigid",
+    "scores_from_gradient": "rigid",
 }
 
 __all__ = [*_HOME]

@@ -168,7 +168,7 @@ class Poses:
             if worst > tolerance:
                 raise InputError(
                     f"Poses.from_coordinates: expected rigid copies of x_ref within {tolerance:g} nm, found "
-                    f"a deviation of {worst:.3g} nm; same atoms, same order? tolerance=None superposes anyway."
+                    f"a deviation of {worst:.3g} nm; same atoms, same order? tolerance=None takes it anyway."
                 )
         return out
 

@@ -702,7 +702,8 @@ def _invert_cdf(u: FloatArray, sigma: FloatArray) -> FloatArray:
         inside = (new > low[active]) & (new < high[active])  # False for NaN
         new = np.where(inside, new, 0.5 * (low[active] + high[active]))
         omega[active] = new
-        done = (np.abs(new - w) < 1e-12) | (high[active] - low[active] < 1e-12)
+        # Newton converges quadratically: a step of 1e-8 leaves 1e-15.
+        done = (np.abs(new - w) < 1e-8) | (high[active] - low[active] < 1e-12)
         active = active[~done]
         if not len(active):
             return omega
