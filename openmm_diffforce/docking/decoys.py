@@ -67,6 +67,10 @@ class Decoys:
         """Which decoys are near-native."""
         return self.rmsd <= self.near_rmsd
 
+    def every(self, k: int) -> "Decoys":
+        """Every k-th of them, in the order of their RMSD."""
+        return Decoys(self.poses[::k], self.rmsd[::k], self.near_rmsd, self.seed)
+
 
 def _directions(n: int, generator: np.random.Generator) -> FloatArray:
     v = generator.standard_normal((n, 3))

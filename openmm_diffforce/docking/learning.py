@@ -65,7 +65,7 @@ class DockingFit:
     radius: float = 1.5
     n_noised: int = 200
     ridge: float = 0.003
-    decoy_weight: float = 0.03
+    decoy_weight: float = 0.3
     n_sets: int = 3
     n_decoys: int = 200
 

@@ -21,7 +21,7 @@ term         u_ab(d)                                    what it can say
 Everything is in nm, rad and kT.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,14 @@ class Spline:
     def cutoff(self) -> float:
         """Distance from which every function is zero [nm]."""
         return self.low + self.step * self.n
+
+    def bends(self, d: FloatArray) -> FloatArray:
+        """Second derivatives [n, 4] of the same functions as :meth:`weights`."""
+        u = np.clip((d - self.low) / self.step, 0.0, self.n - 1e-12)
+        x = u - np.floor(u)
+        y = 1 - x
+        inside = ((d >= self.low) & (d < self.cutoff)) / self.step**2
+        return np.stack([y, 3 * x - 2, 3 * y - 2, x], axis=1) * inside[:, None]
 
     def weights(self, d: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
         """First function, values [n, 4] and derivatives [n, 4] of the functions that are not zero at d.
@@ -190,6 +198,7 @@ class _SitePairs:
     b: IntArray
     distance: FloatArray
     pull: FloatArray | None  # [n_pairs, 6]: d(distance)/d(shift), d(distance)/d(turn)
+    arm: FloatArray | None  # [n_pairs, 3]: from the pose's centre to the ligand's point
 
 
 def _site_pairs(
@@ -199,14 +208,14 @@ def _site_pairs(
     c = complex_.ligand.centre
     moved = placed(ligand, c, poses)
     found = near_pairs(receptor, moved, SITES[site].cutoff)
-    pull = None
+    pull = arm = None
     if gradient:
         x = moved[found.pose, found.ligand]
         unit = (x - receptor[found.receptor]) / np.maximum(found.distance, 1e-9)[:, None]
         arm = x - (c + poses.translation)[found.pose]
         pull = np.concatenate([unit, np.cross(arm, unit)], axis=1)
     types = complex_.receptor.types[found.receptor], complex_.ligand.types[found.ligand]
-    return _SitePairs(found.pose, *types, found.distance, pull)
+    return _SitePairs(found.pose, *types, found.distance, pull, arm)
 
 
 def pair_potential_features(
@@ -369,31 +378,8 @@ class ResidueModel:
             If there are no poses, or sigma has another shape or is not finite.
         """
         n = len(poses)
-        if not n:
-            raise InputError("poses: expected at least one pose, found none.")
-        noise = np.broadcast_to(np.asarray(sigma, dtype=np.float64), (n,))
-        if not (np.isfinite(noise).all() and (noise >= 0).all()):
-            raise InputError(f"sigma: expected finite values >= 0 [nm], found {sigma!r}.")
-        weights = self._level_weights(noise)
-        same = bool((noise == noise[0]).all())
         energy, push = np.zeros(n), np.zeros((6, n))
-        for site, spline in SITES.items():
-            p = _site_pairs(complex_, poses, site, self.lengths, gradient)
-            first, value, slope = spline.weights(p.distance)
-            table = self.tables[site]
-            padded = np.concatenate([table, np.zeros((*table.shape[:3], 4))], axis=3)
-            if same:
-                padded = np.tensordot(weights[0], padded, axes=1)[None]
-            u, du = np.zeros(len(p.pose)), np.zeros(len(p.pose))
-            for k in range(4):
-                if same:
-                    c = padded[0, p.a, p.b, first + k]
-                else:
-                    c = sum(
-                        weights[p.pose, m] * padded[m, p.a, p.b, first + k] for m in range(len(self.sigmas))
-                    )
-                u += c * value[:, k]
-                du += c * slope[:, k]
+        for p, u, du, _ in self._pairs(complex_, poses, sigma, gradient, False):
             energy += np.bincount(p.pose, u, minlength=n)
             if p.pull is not None:
                 for m in range(6):
@@ -402,16 +388,99 @@ class ResidueModel:
             return energy, None, None
         return energy, -push[:3].T, -push[3:].T
 
-    def bound_to(
-        self, complex_: Complex
-    ) -> Callable[[Poses, Any], tuple[FloatArray, FloatArray, FloatArray]]:
-        """The score model of one complex: (poses, t [n]) -> (tr_score, rot_score, energy)."""
+    def divergences(self, complex_: Complex, poses: Poses, sigma: Any) -> tuple[FloatArray, FloatArray]:
+        r"""Divergences of both scores, exact.
 
-        def score(poses: Poses, t: Any) -> tuple[FloatArray, FloatArray, FloatArray]:
-            sigma = np.hypot(self.schedule.sigma_tr(t), self.schedule.sigma_tr_min)
-            energy, shift, turn = self.evaluate(complex_, poses, sigma)
-            if shift is None or turn is None:
-                raise InputError("score: expected gradients, found none.")
-            return shift, turn, energy
+        With a = x - c - tau the arm of a ligand point and n the unit vector of a pair,
 
-        return score
+        .. math:: \nabla_\tau\cdot s_{tr} = -\sum \left(u'' + \frac{2u'}{d}\right), \quad
+                  \nabla_R\cdot s_{rot} = -\sum \left(u''\,|a\times n|^2
+                  + u' \Big[\frac{2|a|^2 - |a\times n|^2}{d} - 2\, n\cdot a\Big]\right)
+
+        Returns
+        -------
+        div_tr, div_rot : numpy.ndarray, shape (n_poses,)
+            [1/nm^2], [1/rad^2].
+        """
+        n = len(poses)
+        div_tr, div_rot = np.zeros(n), np.zeros(n)
+        for p, _, du, bend in self._pairs(complex_, poses, sigma, True, True):
+            assert p.pull is not None
+            assert p.arm is not None
+            d = np.maximum(p.distance, 1e-9)
+            cross = (p.pull[:, 3:] ** 2).sum(axis=1)
+            along = (p.arm * p.pull[:, :3]).sum(axis=1)
+            turn = (2 * (p.arm**2).sum(axis=1) - cross) / d - 2 * along
+            div_tr -= np.bincount(p.pose, bend + 2 * du / d, minlength=n)
+            div_rot -= np.bincount(p.pose, bend * cross + du * turn, minlength=n)
+        return div_tr, div_rot
+
+    def _pairs(
+        self, complex_: Complex, poses: Poses, sigma: Any, gradient: bool, second: bool
+    ) -> Iterator[tuple["_SitePairs", FloatArray, FloatArray, FloatArray]]:
+        """Pairs of every site with u, u' and (if asked for) u''."""
+        n = len(poses)
+        if not n:
+            raise InputError("poses: expected at least one pose, found none.")
+        try:
+            noise = np.broadcast_to(np.asarray(sigma, dtype=np.float64), (n,))
+        except ValueError as err:
+            raise InputError(f"sigma: expected one number, or one for each of {n} poses; {err}.") from err
+        if not (np.isfinite(noise).all() and (noise >= 0).all()):
+            raise InputError(f"sigma: expected finite values >= 0 [nm], found {sigma!r}.")
+        weights = self._level_weights(noise)
+        same = bool((noise == noise[0]).all())
+        for site, spline in SITES.items():
+            p = _site_pairs(complex_, poses, site, self.lengths, gradient)
+            first, value, slope = spline.weights(p.distance)
+            bends = spline.bends(p.distance) if second else None
+            table = self.tables[site]
+            padded = np.concatenate([table, np.zeros((*table.shape[:3], 4))], axis=3)
+            if same:
+                padded = np.tensordot(weights[0], padded, axes=1)[None]
+            u, du, bend = np.zeros((3, len(p.pose)))
+            for k in range(4):
+                if same:
+                    c = padded[0, p.a, p.b, first + k]
+                else:
+                    c = np.zeros(len(p.pose))
+                    for m in range(len(self.sigmas)):
+                        c += weights[p.pose, m] * padded[m, p.a, p.b, first + k]
+                u += c * value[:, k]
+                du += c * slope[:, k]
+                if bends is not None:
+                    bend += c * bends[:, k]
+            yield p, u, du, bend
+
+    def bound_to(self, complex_: Complex) -> "BoundModel":
+        """The score model of one complex."""
+        return BoundModel(self, complex_)
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A residue model of one complex: (poses, t [n]) -> (tr_score, rot_score, energy).
+
+    Attributes
+    ----------
+    model : ResidueModel
+    complex_ : Complex
+    """
+
+    model: ResidueModel
+    complex_: Complex
+
+    def _sigma(self, t: Any) -> FloatArray:
+        schedule = self.model.schedule
+        return np.hypot(schedule.sigma_tr(t), schedule.sigma_tr_min)
+
+    def __call__(self, poses: Poses, t: Any) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Scores [1/nm], [1/rad] and energy [kT] at diffusion time t."""
+        energy, shift, turn = self.model.evaluate(self.complex_, poses, self._sigma(t))
+        assert shift is not None
+        assert turn is not None
+        return shift, turn, energy
+
+    def divergence(self, poses: Poses, t: Any) -> tuple[FloatArray, FloatArray]:
+        """Divergences of both scores at diffusion time t."""
+        return self.model.divergences(self.complex_, poses, self._sigma(t))

@@ -16,6 +16,7 @@ from .decoys import Decoys, reposed
 from .metrics import pose_metrics
 from .residue_model import ResidueModel
 from .rigid import Poses
+from .rigid_energy import pose_flow_energy, pose_path_energy
 from .statistics import (
     Comparison,
     area_under_curve,
@@ -52,11 +53,52 @@ class ScoredDecoys:
     scores: dict[str, FloatArray]
 
 
-def energy_head(model: ResidueModel, sigma: float) -> Score:
-    """The model's energy S at translation noise ``sigma`` [nm] as a score."""
+HEAD_SIGMAS = (0.1, 0.2, 0.4)
+"""Noise levels [nm] whose energies are averaged in the energy head: low ones know the details of the
+interface, high ones the way to it. Chosen by cross-validation on training complexes."""
+
+
+def energy_head(model: ResidueModel, sigmas: Sequence[float] = HEAD_SIGMAS) -> Score:
+    """The model's energy S [kT], mean over translation noises ``sigmas`` [nm], as a score."""
+    if not len(sigmas):
+        raise InputError("energy head: expected at least one noise level, found none.")
 
     def score(complex_: Complex, poses: Poses) -> FloatArray:
-        return model.evaluate(complex_, poses, sigma, gradient=False)[0]
+        found = [model.evaluate(complex_, poses, s, gradient=False)[0] for s in sigmas]
+        return np.mean(found, axis=0)
+
+    return score
+
+
+def flow_energy(model: ResidueModel, *, n_steps: int = 12) -> Score:
+    """-ln p_0 [kT] along the probability flow, up to a constant.
+
+    The flow ends at the model's last noise level, whose energy S is -ln p_1 there: the native pose is
+    not asked for. p_0 is the density blurred by the model's first level.
+    """
+
+    def score(complex_: Complex, poses: Poses) -> FloatArray:
+        bound = model.bound_to(complex_)
+        found = pose_flow_energy(
+            bound, poses, schedule=model.schedule, n_steps=n_steps, divergence=bound.divergence,
+            prior=lambda p: -model.evaluate(complex_, p, model.sigmas[-1], gradient=False)[0],
+        )  # fmt: skip
+        return -found.ln_p0
+
+    return score
+
+
+def path_energy(model: ResidueModel, *, n_steps: int = 8) -> Score:
+    """The same along a standing path (y_t = y_0), which needs no steps of the flow."""
+
+    def score(complex_: Complex, poses: Poses) -> FloatArray:
+        bound = model.bound_to(complex_)
+        found = pose_path_energy(
+            bound, poses, schedule=model.schedule, path="standing", n_steps=n_steps,
+            divergence=bound.divergence,
+            prior=lambda p: -model.evaluate(complex_, p, model.sigmas[-1], gradient=False)[0],
+        )  # fmt: skip
+        return -found.ln_p0
 
     return score
 
