@@ -79,6 +79,7 @@ FLOORS: dict[str, float] = {
     "docking.physics_score": 7.4,
     "docking.learning": 7.5,
     "docking.pages": 7.6,
+    "docking.dock_run": 7.7,
     "docking.scoring": 7.5,
     "docking.rigid": 7.1,
     "docking.mixture": 7.15,
