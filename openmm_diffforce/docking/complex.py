@@ -300,10 +300,8 @@ def read_complex(
             f"{receptor!r} and {ligand!r}."
         )
     atoms, where = _atoms_of(source)
-    parts = [
-        _partner(_chosen(atoms, c, where, role), f"{where}, {role}")
-        for c, role in ((receptor, "receptor"), (ligand, "ligand"))
-    ]
+    both = [(_chosen(atoms, c, where, r), r) for c, r in ((receptor, "receptor"), (ligand, "ligand"))]
+    parts = [_partner(chosen, f"{where}, {role}") for chosen, role in both]
     found = Complex(
         name or where.split(".")[0], parts[0], parts[1], notes=parts[0].notes + parts[1].notes
     )  # fmt: skip
