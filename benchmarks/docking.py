@@ -164,17 +164,19 @@ def flow(out: Path) -> dict[str, Any]:
 
 
 def physics(out: Path) -> dict[str, Any]:
-    """One complex after the other, until the time is spent; what is done is kept."""
+    """One complex after the other, small ones first, until the time is spent; what is done is kept."""
     model, _, energies = models(out)
     rows, spent, notes = [], 0.0, []
-    for one in structures("test"):
+    for one in sorted(structures("test"), key=lambda c: c.receptor.n_residues + c.ligand.n_residues):
+        if spent >= PHYSICS_SECONDS:
+            break
         decoys = make_decoys(one, N_DECOYS, seed=TEST_SEEDS[0]).every(N_DECOYS // N_PHYSICS)
         score = PhysicsScore(one)
         done = physics_scores(
             score, decoys.poses, path=out / f"physics_{one.name}.json", budget=PHYSICS_SECONDS - spent
         )
         spent += done.seconds
-        notes.append([one.name, len(done.values), done.seconds, *score.notes])
+        notes.append([one.name, len(done.values), done.seconds, *score.notes])  # complete or not
         print(f"{one.name}: {len(done.values)} decoys, {done.seconds:.0f} s of processor time", flush=True)
         if len(done.values) < len(decoys.poses):
             break
@@ -185,7 +187,7 @@ def physics(out: Path) -> dict[str, Any]:
         }  # fmt: skip
         scored = score_decoys(one, decoys, several, seed=TEST_SEEDS[0])
         rows.append(kept(replace(scored, scores={"force field": done.values, **scored.scores})))
-    return {"rows": rows, "seconds": spent, "notes": notes}
+    return {"rows": rows, "seconds": spent, "notes": notes, "limit": PHYSICS_SECONDS}
 
 
 PARTS: dict[str, Part] = {"fit": fit, "scores": scores, "flow": flow, "physics": physics}
@@ -326,7 +328,7 @@ def table(found: dict[str, Any]) -> list[str]:
             f"## Force field ({len(part['rows'])} complexes, {N_PHYSICS} decoys of the first set each)", "",
             "amber14 with OBC2, residues within 1 nm of the partner, cutoff 1.2 nm, 20 minimiser steps: "
             f"{n} poses in {part['seconds']:.0f} s of processor time "
-            f"({part['seconds'] / max(n, 1):.1f} s a pose), limit {PHYSICS_SECONDS:.0f} s.", "",
+            f"({part['seconds'] / max(n, 1):.1f} s a pose), limit {part['limit']:.0f} s.", "",
             *success_table(summary),
         ]  # fmt: skip
         if len(part["rows"]) > 1:
@@ -366,8 +368,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the structures")
     parser.add_argument("--out", type=Path, default=Path("runs") / "docking")
+    parser.add_argument("--physics-seconds", type=float, default=PHYSICS_SECONDS)
     options, rest = parser.parse_known_args()
-    DATA = options.data
+    DATA, PHYSICS_SECONDS = options.data, options.physics_seconds
     sys.argv = [sys.argv[0], "--out", str(options.out), *rest]
     run_parts("docking", __doc__ or "", PARTS, table)
     kept_parts = {n: read_json(p) for n in PARTS if (p := options.out / f"{n}.json").exists()}

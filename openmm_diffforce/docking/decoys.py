@@ -181,8 +181,8 @@ def make_decoys(
     Notes
     -----
     Deterministic. Where no slide ends in a part (a native interface may be looser than any slide leaves it),
-    a pose that is allowed without one is taken. At most :data:`MAX_CLASHES` residues clash, and at least :data:`MIN_CONTACTS`
-    are in contact.
+    a pose that is allowed without one is taken. At most :data:`MAX_CLASHES` residues clash, and at
+    least :data:`MIN_CONTACTS` are in contact.
     """
     if not complex_.native:
         raise InputError(
@@ -229,7 +229,8 @@ def make_decoys(
         raise ConvergenceError(
             f"decoys of {complex_.name}: expected a decoy in each of {n_decoys} parts of the RMSD range, "
             f"found none in {len(empty)}, e.g. {edges[empty[0]]:.2f} to {edges[empty[0] + 1]:.2f} nm, in "
-            f"{(_MAX_BATCHES + _UNSLID_BATCHES) * _BATCH} tries; ask for fewer decoys, or for a smaller max_rmsd."
+            f"{(_MAX_BATCHES + _UNSLID_BATCHES) * _BATCH} tries; ask for fewer decoys, or for "
+            "a smaller max_rmsd."
         )
     return Decoys(Poses(rotation=rotation, translation=tau), rmsd, near_rmsd, entropy)
 
