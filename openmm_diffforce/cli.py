@@ -372,7 +372,11 @@ def inspect(
 ) -> None:
     """What a model file holds; a damaged or foreign one is refused."""
     from .artefact import load_artefact
+    from .docking.model_file import is_docking_model
 
+    if is_docking_model(artefact):
+        _inspect_docking(artefact, quiet, as_json)
+        return
     loaded = load_artefact(artefact)
     if as_json:
         typer.echo(json.dumps({**loaded.metadata, "sha256": loaded.sha256}, indent=1))
@@ -408,6 +412,37 @@ def inspect(
             "(--json prints the whole record)"
         )
     for name, text in rows.items():
+        table.add_row(Text(name), Text(text, overflow="fold"))
+    _console().print(table)
+
+
+def _inspect_docking(path: Path, quiet: bool, as_json: bool) -> None:
+    """The same for a docking model."""
+    from .docking.model_file import read_docking_file
+
+    metadata, arrays, digest = read_docking_file(path)
+    if as_json:
+        typer.echo(json.dumps({**metadata, "sha256": digest}, indent=1))
+        return
+    if quiet:
+        typer.echo(digest)
+        return
+    training = metadata["training"]
+    settings = training.get("settings", {})
+    table = Table("", "", title=str(path), title_justify="left", show_header=False)
+    for name, text in {
+        "kind": metadata["kind"],
+        "format": str(metadata["format_version"]),
+        "SHA-256": digest,
+        "noise levels": ", ".join(f"{s:g} nm" for s in arrays["sigmas"]),
+        "distances": ", ".join(metadata["sites"]),
+        "units": ", ".join(f"{k} {v}" for k, v in metadata["units"].items()),
+        "written by": ", ".join(f"{k} {v}" for k, v in metadata["versions"].items()),
+        "fitted to": ", ".join(training.get("trained_on", [])),
+        "fit": ", ".join(
+            f"{k} {settings[k]}" for k in ("ridge", "decoy_weight", "n_noised") if k in settings
+        ),
+    }.items():
         table.add_row(Text(name), Text(text, overflow="fold"))
     _console().print(table)
 
@@ -1054,6 +1089,109 @@ def ddf(
         if withheld:
             console.print("The difference is withheld, because a leg failed its audit; --insist shows it.")
     raise typer.Exit(EXIT_STATUS[difference.verdict])
+
+
+# ------------------------------------------------------------------------------------- docking
+
+
+@app.command("dock-fit")
+def dock_fit(
+    folder: Annotated[Path, typer.Argument(help="Folder with native complexes, NAME.pdb or NAME.pdb.gz.")],
+    out: Annotated[Path, typer.Option(help="File of the model.")] = Path("model.docking"),
+    only: Annotated[
+        str, typer.Option(help="Names of the complexes to use, separated by commas; all if omitted.")
+    ] = "",
+    together: Annotated[
+        str, typer.Option(help="Names of related complexes, left out together in the cross-validation.")
+    ] = "",
+    receptor: Annotated[str, typer.Option(help="Chains of the receptor.")] = "A",
+    ligand: Annotated[str, typer.Option(help="Chains of the ligand, which moves.")] = "B",
+    seed: Annotated[int, typer.Option(help="Every random number follows from it.")] = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a docking energy to native complexes (about ten seconds of one core each)."""
+    from .docking.dock_run import run_docking_fit, structure_files
+
+    files = structure_files(folder, only.split(",") if only else None)
+    with _stages(quiet or as_json) as report:
+        run = run_docking_fit(
+            files, out, receptor=receptor, ligand=ligand, seed=seed, progress=report,
+            together=together.split(",") if together else (),
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({"model": str(run.path), "sha256": run.sha256, "names": list(run.names),
+                               "cross_validation": [asdict(h) for h in run.held_out]}, indent=1))  # fmt: skip
+        return
+    if not quiet and run.held_out:
+        table = Table(title="Complexes left out", title_justify="left")
+        for name in ("noise [nm]", "score R^2", "AUC", "rank correlation", "best decoy near-native"):
+            table.add_column(name, justify="right")
+        for h in run.held_out:
+            table.add_row(
+                *(f"{v:.2f}" for v in (h.sigma, h.score_r2, h.auc, h.spearman, h.top))
+            )  # fmt: skip
+        _console().print(table)
+    typer.echo(f"{run.path}: fitted to {len(run.names)} complexes")
+
+
+@app.command("dock-score")
+def dock_score(
+    structures: Annotated[
+        list[Path], typer.Argument(help="One PDB file with both partners, or two: receptor and ligand.")
+    ],
+    model: Annotated[Path, typer.Option(help="Model file, written by diffforce dock-fit.")],
+    receptor: Annotated[str, typer.Option(help="Chains of the receptor, in one file with both.")] = "A",
+    ligand: Annotated[str, typer.Option(help="Chains of the ligand, in one file with both.")] = "B",
+    native: Annotated[
+        bool, typer.Option("--native", help="Two files lie in the frame of their known complex.")
+    ] = False,
+    poses: Annotated[
+        Path | None,
+        typer.Option(help="Multi-model PDB or trajectory with poses; decoys are made if omitted."),
+    ] = None,
+    topology: Annotated[Path | None, typer.Option(help="PDB file of a trajectory's atoms.")] = None,
+    decoys: Annotated[int, typer.Option(min=2, help="Number of decoys.")] = 200,
+    physics: Annotated[
+        int, typer.Option(min=0, help="Score so many of the best by the force field too (about 1 s each).")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Every random number follows from it.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for table, page and best poses.")] = Path("docking"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score poses of two proteins by a learned docking energy."""
+    from .docking.complex import read_complex, read_partners
+    from .docking.dock_run import read_poses, run_docking
+    from .docking.model_file import load_docking_model
+    from .errors import InputError
+
+    if len(structures) not in (1, 2):
+        raise InputError(f"structures: expected one file or two, found {len(structures)}.")
+    loaded = load_docking_model(model)
+    if len(structures) == 1:
+        both = read_complex(structures[0], receptor=receptor, ligand=ligand)
+    else:
+        both = read_partners(*structures, native=native)
+    given = read_poses(poses, both, topology=topology) if poses is not None else None
+    with _stages(quiet or as_json) as report:
+        run = run_docking(
+            both, loaded, out, poses=given, n_decoys=decoys, seed=seed, physics=physics, progress=report
+        )
+    if as_json:
+        typer.echo((run.folder / "docking.json").read_text(encoding="utf-8"))
+        return
+    if not quiet:
+        table = Table(title=f"Best of {len(run.order)} poses of {both.name}", title_justify="left")
+        for name in ("pose", *run.scores, *run.columns):
+            table.add_column(name, justify="right")
+        for k in run.order[:5]:
+            values = [v[k] for v in (*run.scores.values(), *run.columns.values())]
+            table.add_row(str(k), *(f"{v:.3g}" for v in values))
+        _console().print(table)
+        for note in both.notes:
+            typer.echo(note)
+    typer.echo(f"Report: {run.page}\nTable: {run.table}")
 
 
 # -------------------------------------------------------------------------------------- report
