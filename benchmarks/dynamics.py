@@ -31,9 +31,8 @@ from openmm_diffforce.project import r_squared
 from openmm_diffforce.schedule import VESchedule
 from openmm_diffforce.scores import noise_grid, score_of
 from openmm_diffforce.step_size import advise_integrator, advise_step, curvature_spectrum
-from openmm_diffforce.systems import forces, graph_from_topology, potential_energies, sample
-from openmm_diffforce.testing import GaussianMixture
 from openmm_diffforce.systems import clone_system, forces, graph_from_topology, potential_energies, sample
+from openmm_diffforce.testing import GaussianMixture
 from openmm_diffforce.units import thermal_energy
 
 SEED = 50

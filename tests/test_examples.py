@@ -158,6 +158,8 @@ def test_dynamics_on_a_learned_action(tmp_path: Path) -> None:
     effective = float(out.split("reweighted to amber14: ")[1].split()[0])
     assert 1 <= effective <= 8
     assert (tmp_path / "example_09" / "phi_psi.png").exists()
+
+
 def test_energies_out_of_scores(tmp_path: Path) -> None:
     out = run(tmp_path, "08_energy.py", "--frames", "200")
     worst = {line.split()[0]: float(line.split("worst error ")[1].split()[0]) for line in out.splitlines()
