@@ -921,7 +921,7 @@ def sample_poses(
     schedule: RigidSchedule,
     generator: np.random.Generator | None = None,
     method: Literal["sde", "ode"] = "sde",
-    n_steps: int = 100,
+    n_steps: int = 50,
     t_min: float = 0.0,
     stretch: float = 1.0,
     keep_trajectory: bool = False,
