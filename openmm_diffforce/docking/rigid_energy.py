@@ -29,6 +29,7 @@ from .rigid import (
     RigidSchedule,
     Scores,
     StepName,
+    _schedule,
     _some,
     _times_of,
     evaluate_scores,
@@ -306,6 +307,7 @@ def pose_flow_energy(
         raise InputError(f"n_steps: expected an even number of at least 2, found {n_steps}.")
     if method not in ("rk4", "heun"):
         raise InputError(f"method: expected 'rk4' or 'heun', found {method!r}.")
+    _schedule(schedule)
     counted = _Counted(model, divergence, steps, max_batch)
     times = time_grid(n_steps, t_min, stretch=stretch)
 
@@ -411,14 +413,15 @@ def pose_path_energy(
     n = len(_some(poses))
     if path not in ("noising", "standing"):
         raise InputError(f"path: expected 'noising' or 'standing', found {path!r}.")
+    _schedule(schedule)
     times = time_grid(n_steps, t_min, stretch=stretch)
     counted = _Counted(model, divergence, steps, max_batch)
     if path == "standing":
         n_paths = 1
     elif so3._count(n_paths) < 2:
         raise InputError(f"n_paths: expected at least 2 noising paths, found {n_paths}.")
-    elif not isinstance(generator, np.random.Generator):
-        raise InputError("generator: noising paths are drawn; pass numpy.random.default_rng(seed).")
+    else:
+        so3._generator(generator)
 
     at = poses.repeat(n_paths)
     total, coarse = np.zeros((2, len(at)))
