@@ -343,28 +343,27 @@ def short(out: Path) -> dict[str, Any]:
 
 def supervised_run(out: Path, name: str, k: int) -> dict[str, Any]:
     kept = out / f"supervised_{name}_{k}.json"
-    if not kept.exists():
+    row: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    missing = [label for label in SUPERVISED if label not in row]
+    if missing:
         case = alanine_case(name, restrain_phi=True)
         ends = ends_of(case, k, out)
         x, o = ([v[i][: N_ENDS[0]] for v in ends] for i in (0, 1))
         distances = PairDistances.of(x, case.perturbed)
         levels = default_levels([distances(one) for one in x], N_SUPERVISED_LEVELS)
         graph = graph_from_topology(case.topology)
-        row = {}
-        for label, options in SUPERVISED.items():
-            start = time.process_time()
-            features: Any = distances
-            if label == "pair operator":
-                features = PairOperator.of(
-                    x, o, graph, case.perturbed, atoms=case.perturbed, beside=distances
-                )
-            found = noisy_operator_bridge(
-                x, o, generator=np.random.default_rng(SEED + k), atoms=case.perturbed, sigmas=levels,
-                features=features, **options,
-            )  # fmt: skip
-            row[label] = (*judged(found), time.process_time() - start)
-        write_json(kept, plain(row))
-    return dict(json.loads(kept.read_text()))
+    for label in missing:
+        start = time.process_time()
+        features: Any = distances
+        if label == "pair operator":
+            features = PairOperator.of(x, o, graph, case.perturbed, atoms=case.perturbed, beside=distances)
+        found = noisy_operator_bridge(
+            x, o, generator=np.random.default_rng(SEED + k), atoms=case.perturbed, sigmas=levels,
+            features=features, **SUPERVISED[label],
+        )  # fmt: skip
+        row[label] = plain((*judged(found), time.process_time() - start))
+        write_json(kept, row)
+    return row
 
 
 def supervised(out: Path) -> dict[str, Any]:

@@ -117,7 +117,8 @@ class NoiseLevel:
     d_closure : float
         From the posterior of the conditional density; with heads, jackknife over the networks.
     d_models : float
-        From the choice of coordinate and roughness; 0 with heads, of which there is one model.
+        From the choice of coordinate and roughness; with heads, their distance from the density in bins
+        of the same works.
     d_folds : float
         Jackknife over the folds, each of which leaves its frames out of the density (the network) and
         of BAR.
@@ -395,8 +396,11 @@ def _heads_of(columns: FloatArray, data: _Frames, generator: np.random.Generator
     )
 
 
-def _heads_level(sigma: float, heads: "Heads", data: _Frames, target: FloatArray, n_folds: int) -> _Level:
-    """BAR over single noised copies: the work of each by the network that did not see it."""
+def _heads_level(sigma: float, heads: "Heads", data: _Frames, density: NoiseLevel, n_folds: int) -> _Level:
+    """BAR over single noised copies: the work of each by the network that did not see it.
+
+    Nothing in the heads shows that two moments are too few: the density in bins of the same works does.
+    """
     at = np.arange(len(data.state))
 
     def bar(work: FloatArray, weight: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
@@ -420,7 +424,7 @@ def _heads_level(sigma: float, heads: "Heads", data: _Frames, target: FloatArray
     mean, variance = np.where(data.state == 0, (of.o_0, of.v_0), (of.o_1, of.v_1))
     chi2 = (data.operator - mean) ** 2 / variance
     bins = _bins_of(of.delta)
-    closures = {"tweedie": delta_f}  # of the heads' own moments: the same
+    closures = {"density": density.delta_f, "tweedie": delta_f}  # Tweedie's, of the heads' own moments
     for name, closure in (
         ("gamma", gamma_closure),
         ("hermite", hermite_closure),
@@ -430,16 +434,17 @@ def _heads_level(sigma: float, heads: "Heads", data: _Frames, target: FloatArray
             closures[name] = float(bar(closure(of.o_0, of.o_1, of.v_0, of.v_1), data.weight)[0][-1])
         except ConvergenceError:
             continue  # so far off that its noised ends do not meet: nothing to show
+    d_models = abs(delta_f - density.delta_f)
     row = NoiseLevel(
         sigma=float(sigma),
         delta_f=delta_f,
-        d_delta_f=max(math.hypot(d_sampling, d_closure), d_folds),
+        d_delta_f=max(math.hypot(d_sampling, d_closure, d_models), d_folds),
         d_sampling=d_sampling,
         d_closure=d_closure,
-        d_models=0.0,
+        d_models=d_models,
         d_folds=d_folds,
         overlap=overlap_of_two(f - actions, counts),
-        r_squared=_between_bins(target, data.weight, bins),
+        r_squared=density.r_squared,
         calibration=tuple(float(chi2[data.state == k].mean()) for k in (0, 1)),
         folds=tuple(folds),
         closures=closures,
@@ -636,10 +641,10 @@ def noisy_operator_bridge(
         Noise levels > 0; by default from the fluctuations of the columns.
     closure : str
         "density": one conditional density tilted by lambda. "tweedie", "gamma": its moments at the
-        states, closed between them (:mod:`~openmm_diffforce.closure`). "heads": no density, the work of
-        every noised frame by a cross-fitted network (:mod:`~openmm_diffforce.heads`), and BAR over
-        frames; for two end states. It knows two moments of O: where O has a heavy tail, as a steric
-        operator has, it is off by kT.
+        states, closed between them (:mod:`~openmm_diffforce.closure`). "heads": the work of every noised
+        frame by a cross-fitted network (:mod:`~openmm_diffforce.heads`), and BAR over frames; for two
+        end states. It knows two moments of O: where O has a heavy tail, as a steric operator has, it
+        is off by kT. How far it is from the density, in bins of the same works, is in its error.
     summary : str
         What a noised frame is reduced to. "splines": linear in splines of the columns. "heads": the
         work that the network of ``closure="heads"`` finds, of which only the order counts here; for
@@ -744,10 +749,11 @@ def noisy_operator_bridge(
                 said = Summary(work, _between_bins(target, data.weight, _bins_of(work)), math.nan)
             else:
                 said = cross_fitted_summary(columns, target, data.weight, data.fold)
-            if closure == "heads":
-                found.append(_heads_level(sigma, heads, data, target, n_folds))
-            else:
-                found.append(_density_level(sigma, said, data, lam, coordinates, closure, n_folds))
+            by_bins: ClosureName = "density" if closure == "heads" else closure
+            level = _density_level(sigma, said, data, lam, coordinates, by_bins, n_folds)
+            found.append(
+                _heads_level(sigma, heads, data, level.row, n_folds) if closure == "heads" else level
+            )
         except ConvergenceError:
             if i + 1 == len(levels) and not found:
                 raise  # no level joins the states
@@ -757,16 +763,16 @@ def noisy_operator_bridge(
     # A level whose noised ends overlap less than BAR asks for is not chosen.
     open_to_choice = [i for i, r in enumerate(rows) if r.overlap >= MIN_OVERLAP] or list(range(len(rows)))
     chosen = min(open_to_choice, key=lambda i: rows[i].d_delta_f)
-    level, work = found[chosen].row, found[chosen].work
+    best, work = found[chosen].row, found[chosen].work
     d_bootstrap = _bootstrap(found[chosen], data, g, n_bootstrap, generator) if n_bootstrap else math.nan
     near = [
         r.delta_f
         for i, r in enumerate(rows)
-        if abs(i - chosen) <= 1 or level.sigma / 2 <= r.sigma <= level.sigma * 2
+        if abs(i - chosen) <= 1 or best.sigma / 2 <= r.sigma <= best.sigma * 2
     ]
     return BridgeResult(
-        delta_f=level.delta_f,
-        d_delta_f=max(level.d_delta_f, d_bootstrap) if n_bootstrap else level.d_delta_f,
+        delta_f=best.delta_f,
+        d_delta_f=max(best.d_delta_f, d_bootstrap) if n_bootstrap else best.d_delta_f,
         d_bootstrap=d_bootstrap,
         chosen=chosen,
         levels=rows,

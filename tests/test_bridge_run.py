@@ -83,8 +83,7 @@ def test_heads_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     run = run_bridge(bridge_settings(tmp_path / "a.yaml"))
     assert (run.result.closure, run.result.summary) == ("heads", "heads")
-    assert "gamma" in run.result.level.closures
-    assert "density" not in run.result.level.closures
+    assert run.result.level.closures["tweedie"] == run.result.level.delta_f
     assert run.page.exists()
 
 

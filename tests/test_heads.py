@@ -208,8 +208,9 @@ def test_delta_f_by_heads(options: dict[str, Any]) -> None:
 def test_closures_of_the_heads(brief: None) -> None:
     level = bridged(2.0, 400, closure="heads").level
     assert level.closures["tweedie"] == level.delta_f
-    assert set(level.closures) == {"tweedie", "gamma", "hermite", "trapezoid"}
-    assert level.d_models == 0.0
+    assert set(level.closures) == {"density", "tweedie", "gamma", "hermite", "trapezoid"}
+    assert level.d_models == abs(level.delta_f - level.closures["density"])
+    assert level.d_delta_f >= level.d_models
     assert len(level.folds) == 5
 
 
@@ -230,7 +231,7 @@ def test_wrong_heads_fail_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     for wrong, gate in (
-        (too_sure, "normal score of O, |mean square - 1|"), (shifted, "bridge against density of O [SE]"),
+        (too_sure, "normal score of O, |mean square - 1|"), (shifted, "spread over models [kT]"),
     ):  # fmt: skip
         monkeypatch.setattr(bridge, "_heads_of", wrong)
         audit = audit_bridge(bridged(2.0, 400, closure="heads"))
