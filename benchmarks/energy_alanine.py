@@ -24,7 +24,7 @@ SIGMA_RANGE = (0.01, 1.2)
 BLEND = (0.015, 0.025)
 """The score goes from the posterior mode to the network between these noise levels [nm]."""
 
-WIDTH, N_STEPS, BATCH, LEARNING_RATE, DECAY = 256, 6000, 256, 2e-3, 0.999
+WIDTH, N_STEPS, BATCH, LEARNING_RATE, DECAY = 192, 3000, 256, 2e-3, 0.999
 SEED = 5200
 
 

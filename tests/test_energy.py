@@ -300,25 +300,25 @@ def test_mean_free_constants(kind: str) -> None:
     score = whole.score(schedule)  # knows nothing of the subspace
     prior = GaussianPrior(whole.prior().mean, whole.prior().covariance)
     for arguments in (
-        {"n_steps": 60},
-        {"method": "stratonovich", "path": "mean", "n_steps": 400},
+        {"n_steps": 40},
+        {"method": "stratonovich", "path": "mean", "n_steps": 200},
         {"method": "mmse", "n_paths": 2, "generator": rng()},
     ):
         found = learned_energy(score, x, schedule, prior=prior, **arguments)
         assert found.n_dim == 3 * N_ATOMS - 3
-        np.testing.assert_allclose(found.log_density, exact, atol=5e-3)
-    moved = learned_energy(score, x + np.array([5.0, -3.0, 2.0]), schedule, prior=prior, n_steps=60)
-    np.testing.assert_allclose(moved.log_density, exact, atol=5e-3)
+        np.testing.assert_allclose(found.log_density, exact, atol=1e-2)
+    moved = learned_energy(score, x + np.array([5.0, -3.0, 2.0]), schedule, prior=prior, n_steps=40)
+    np.testing.assert_allclose(moved.log_density, exact, atol=1e-2)
     found = learned_energy(
-        score, x, schedule, prior=prior, n_steps=60, divergence="hutchinson", n_probes=50, generator=rng()
+        score, x, schedule, prior=prior, n_steps=40, divergence="hutchinson", n_probes=20, generator=rng()
     )
     assert (np.abs(found.log_density - exact) < 4 * found.standard_error + 5e-3).all()
     found = learned_energy(
-        score, x, schedule, prior=prior, method="ito", n_steps=300, n_paths=20, generator=rng()
+        score, x, schedule, prior=prior, method="ito", n_steps=200, n_paths=10, generator=rng()
     )
-    assert (np.abs(found.log_density - exact) < 4 * found.standard_error).all()
-    free = learned_energy(score, x, schedule, prior=prior, mean_free=False, n_steps=60)
-    np.testing.assert_allclose(free.log_density, whole.log_density(x), atol=5e-3)
+    assert (np.abs(found.log_density - exact) < 5 * found.standard_error).all()
+    free = learned_energy(score, x, schedule, prior=prior, mean_free=False, n_steps=40)
+    np.testing.assert_allclose(free.log_density, whole.log_density(x), atol=1e-2)
     assert free.n_dim == 3 * N_ATOMS
 
 
