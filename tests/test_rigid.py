@@ -12,6 +12,7 @@ from openmm_diffforce.docking.rigid import (
     RigidSchedule,
     evaluate_scores,
     group_step,
+    noise_between,
     noise_poses,
     sample_poses,
     scores_from_gradient,
@@ -222,6 +223,22 @@ def test_the_kernels_score_averages_to_the_score():
     assert (unit < 0).all()  # it points back
 
 
+def test_the_target_is_the_gradient_of_the_kernel():
+    clean = random_poses(20)
+    t = np.linspace(0.2, 1.0, 20)
+    noised = noise_poses(clean, t, schedule=SCHEDULE, generator=np.random.default_rng(17))
+    sigma_tr, sigma_rot = SCHEDULE.sigma_tr(t), SCHEDULE.sigma_rot(t)
+
+    def ln_kernel(p: Poses) -> np.ndarray:
+        turn = so3.angle(p.rotation @ clean.rotation.swapaxes(1, 2))
+        away = ((p.translation - clean.translation) ** 2).sum(axis=1)
+        return so3.igso3_log_density(turn, sigma_rot) - 0.5 * away / sigma_tr**2
+
+    want = perturbation_gradients(ln_kernel, noised.poses, h=1e-3)
+    np.testing.assert_allclose(noised.tr_target, want[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(noised.rot_target, want[1], rtol=1e-5, atol=1e-4)
+
+
 def test_noise_has_the_widths_of_the_schedule():
     found = noise_poses(Poses.identity(4000), 0.7, schedule=SCHEDULE, generator=np.random.default_rng(6))
     sigma = float(SCHEDULE.sigma_tr(0.7))
@@ -317,9 +334,9 @@ def test_the_reverse_sde_recovers_the_mixture():
     model, n = mixture(), 1500
     generator = np.random.default_rng(12)
     start, _ = model.sample(n, t=1.0, generator=generator)
-    found = sample_poses(model, start, schedule=SCHEDULE, generator=generator, n_steps=80)
+    found = sample_poses(model, start, schedule=SCHEDULE, generator=generator, n_steps=30)
     check_recovery(model, found.poses)
-    assert found.n_calls == 80
+    assert found.n_calls == 60
     assert found.trajectory == ()
 
 
@@ -334,6 +351,19 @@ def test_the_probability_flow_recovers_the_mixture():
     assert found.times[-1] == 0
     np.testing.assert_array_equal(found.trajectory[0].translation, start.translation)
     np.testing.assert_array_equal(found.trajectory[-1].translation, found.poses.translation)
+
+
+def test_noise_in_two_pieces_is_noise_at_once():
+    n = 4000
+    generator = np.random.default_rng(16)
+    half = noise_between(Poses.identity(n), 0.0, 0.3, schedule=DFMDOCK, generator=generator)
+    whole = noise_between(half, 0.3, 0.7, schedule=DFMDOCK, generator=generator)
+    sigma_tr, sigma_rot = float(DFMDOCK.sigma_tr(0.7)), float(DFMDOCK.sigma_rot(0.7))
+    assert kstest(whole.translation[:, 1] / sigma_tr, "norm").pvalue > 0.01
+    angle = so3.angle(whole.rotation)
+    assert kstest(angle, lambda w: so3.igso3_angle_cdf(w, sigma_rot)).pvalue > 0.01
+    same = noise_between(whole, 0.7, 0.7, schedule=DFMDOCK, generator=generator)
+    np.testing.assert_array_equal(same.rotation, whole.rotation)
 
 
 def check_recovery(model: PoseMixture, poses: Poses) -> None:
@@ -405,6 +435,7 @@ def flat(poses, t):
         (lambda: noise_poses(NONE, 0.5, schedule=SCHEDULE, generator=RNG), "at least one pose, found none"),
         (lambda: noise_poses(X, 0.5, schedule=SCHEDULE, generator=RNG), "expected Poses, found ndarray"),
         (lambda: noise_poses(ONE, [0.5, 0.6], schedule=SCHEDULE, generator=RNG), "one for each of 1 poses"),
+        (lambda: noise_between(ONE, 0.5, 0.4, schedule=SCHEDULE, generator=RNG), "0 <= t <= t_end <= 1"),
         (lambda: evaluate_scores(flat, ONE, np.nan), "t: expected finite"),
         (lambda: scores_from_gradient(X[None], X[None], C), r"centre \(n, 3\)"),
         (lambda: PosePrior(np.zeros(3), np.zeros((3, 3))), "positive definite"),

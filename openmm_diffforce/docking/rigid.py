@@ -574,6 +574,45 @@ class NoisedPoses:
     shift: FloatArray
 
 
+def noise_between(
+    poses: Poses, t: float, t_end: float, *, schedule: RigidSchedule, generator: np.random.Generator
+) -> Poses:
+    """Poses of noise level t noised further, up to level t_end; exact, widths add in squares.
+
+    Parameters
+    ----------
+    poses : Poses
+    t, t_end : float
+        0 <= t <= t_end <= 1.
+    schedule : RigidSchedule
+    generator : numpy.random.Generator
+
+    Returns
+    -------
+    Poses
+
+    Raises
+    ------
+    InputError
+        For no poses, or times that are not in this order.
+
+    Examples
+    --------
+    >>> generator = np.random.default_rng(0)
+    >>> len(noise_between(Poses.identity(3), 0.2, 0.5, schedule=RigidSchedule(), generator=generator))
+    3
+    """
+    n = len(_some(poses))
+    if not (0 <= t <= t_end <= 1):
+        raise InputError(f"t, t_end: expected 0 <= t <= t_end <= 1, found {t!r}, {t_end!r}.")
+    grow_tr, grow_rot = (
+        math.sqrt(max(float(sigma(t_end)) ** 2 - float(sigma(t)) ** 2, 0.0))
+        for sigma in (schedule.sigma_tr, schedule.sigma_rot)
+    )
+    shift = grow_tr * generator.standard_normal((n, 3))
+    return poses.perturbed(so3.sample_igso3(grow_rot, n, generator=generator), shift)
+
+
 def noise_poses(
     poses: Poses, t: Any, *, schedule: RigidSchedule, generator: np.random.Generator
 ) -> NoisedPoses:
@@ -887,15 +926,15 @@ def sample_poses(
     stretch: float = 1.0,
     keep_trajectory: bool = False,
 ) -> PoseSamples:
-    r"""Poses from the reverse of the noise: ancestral steps, or the probability flow.
+    r"""Poses from the reverse of the noise: the probability flow, with or without fresh noise.
 
-    An ancestral step from t to s < t, with v = sigma(t)^2 - sigma(s)^2 of either kind,
+    The flow is, by Heun's method on the group,
 
-    .. math:: \tau_s = \tau_t + v\, s_{tr} + \sqrt{v}\,\frac{\sigma(s)}{\sigma(t)}\,\epsilon, \qquad
-              R_s = \exp\left(v\, s_{rot} + \sqrt{v}\,\frac{\sigma(s)}{\sigma(t)}\,\epsilon\right) R_t ,
+    .. math:: \frac{d\tau}{dt} = -\frac{g_{tr}^2}{2} s_{tr}, \qquad \omega = -\frac{g_{rot}^2}{2} s_{rot} .
 
-    a geodesic random walk; the flow is d tau/dt = -(g_tr^2/2) s_tr, omega = -(g_rot^2/2) s_rot, by
-    Heun's method on the group.
+    The reverse SDE has twice this drift and noise: a step from t to s < t first adds the noise that leads
+    up to t + (t - s), a step of the geodesic random walk that is exact for any density, and then takes
+    the flow two steps down.
 
     Parameters
     ----------
@@ -933,6 +972,8 @@ def sample_poses(
     ----------
     Y. Song et al., Score-based generative modeling through stochastic differential equations, 2021,
     arXiv:2011.13456.
+    T. Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
+    arXiv:2206.00364 (noise up, flow down).
     V. De Bortoli et al., Riemannian score-based generative modelling, 2022, arXiv:2202.02763.
 
     Examples
@@ -942,7 +983,7 @@ def sample_poses(
     >>> start = PosePrior(np.zeros(3), np.eye(3)).sample(4, generator=generator)
     >>> found = sample_poses(to_origin, start, schedule=RigidSchedule(), generator=generator, n_steps=20)
     >>> len(found.poses), found.n_calls
-    (4, 20)
+    (4, 40)
     """
     poses = _some(start, "start")
     times = time_grid(n_steps, t_min, stretch=stretch)[::-1]
@@ -962,19 +1003,13 @@ def sample_poses(
         )
 
     for t, s in pairwise(times):
-        if method == "ode":
-            poses, _ = group_step(velocity, t, poses, np.zeros(len(poses)), s - t, method="heun")
-            n_calls += 2
-        else:
+        top = t
+        if method == "sde" and t < 1.0:
             assert generator is not None
-            tr, rot, _ = evaluate_scores(model, poses, t)
-            n_calls += 1
-            moves = []
-            for score, sigma in ((rot, schedule.sigma_rot), (tr, schedule.sigma_tr)):
-                v = float(sigma(t)) ** 2 - float(sigma(s)) ** 2
-                noise = math.sqrt(v) * float(sigma(s)) / float(sigma(t))
-                moves.append(v * score + noise * generator.standard_normal(score.shape))
-            poses = poses.perturbed(*moves)
+            top = min(1.0, 2 * t - s)
+            poses = noise_between(poses, t, top, schedule=schedule, generator=generator)
+        poses, _ = group_step(velocity, top, poses, np.zeros(len(poses)), s - top, method="heun")
+        n_calls += 2
         if keep_trajectory:
             kept.append(poses)
     return PoseSamples(poses, times, tuple(kept) if keep_trajectory else (), n_calls)

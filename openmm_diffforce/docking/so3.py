@@ -32,8 +32,11 @@ SWITCH = 1.5
 N_SERIES = 9
 """Terms of the series in l: the next one is below 1e-40 at ``SWITCH``."""
 
-N_IMAGES = 3
-"""Images on either side in the Poisson sum: the next one is below 1e-60 at ``SWITCH``."""
+N_IMAGES = 2
+"""Images on either side in the Poisson sum: the next one is below 1e-22 at ``SWITCH``."""
+
+ONE_IMAGE = 0.9
+"""sigma [rad] up to which one image is enough: the next one is below 1e-21 there."""
 
 MAX_STEPS = 100
 """Newton or bisection steps that invert the CDF; about six do."""
@@ -416,7 +419,7 @@ def _images(omega: FloatArray, sigma: FloatArray) -> tuple[FloatArray, FloatArra
     s2 = sigma**2
     bracket = np.ones(np.broadcast_shapes(omega.shape, sigma.shape))
     slope = np.zeros_like(bracket)
-    for k in range(1, N_IMAGES + 1):
+    for k in range(1, N_IMAGES + 1 if sigma.max(initial=0.0) > ONE_IMAGE else 2):
         rate = 2 * np.pi * k / s2
         z = rate * omega
         near = np.exp(-rate * (np.pi * k - omega))  # e^z and e^-z, each with the weight: no overflow
@@ -698,12 +701,13 @@ def _invert_cdf(u: FloatArray, sigma: FloatArray) -> FloatArray:
         low[active] = np.where(above, low[active], w)
         slope = igso3_angle_density(w, s) / np.maximum(3 * root**2, 1e-300)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            new = w - (root - goal[active]) / slope
-        inside = (new > low[active]) & (new < high[active])  # False for NaN
-        new = np.where(inside, new, 0.5 * (low[active] + high[active]))
-        omega[active] = new
-        # Newton converges quadratically: a step of 1e-8 leaves 1e-15.
-        done = (np.abs(new - w) < 1e-8) | (high[active] - low[active] < 1e-12)
+            newton = w - (root - goal[active]) / slope
+        # Quadratic convergence: a step of 1e-8 leaves 1e-15. Comparisons are False for NaN.
+        last = np.abs(newton - w) < 1e-8
+        inside = (newton > low[active]) & (newton < high[active])
+        middle = 0.5 * (low[active] + high[active])
+        omega[active] = np.where(last, np.clip(newton, 0.0, np.pi), np.where(inside, newton, middle))
+        done = last | (high[active] - low[active] < 1e-12)
         active = active[~done]
         if not len(active):
             return omega
