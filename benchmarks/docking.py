@@ -316,7 +316,7 @@ def table(found: dict[str, Any]) -> list[str]:
         summary = summarise(scored_of(found["flow"]["rows"]))
         lines += [
             f"## -ln p0 ({N_FLOW} decoys of the first set)", "",
-            "Along the probability flow (12 RK4 steps) and along a standing path, ending at the energy of",
+            "Along the probability flow (6 RK4 steps) and along a standing path, ending at the energy of",
             f"the largest noise: {found['flow']['seconds']:.0f} s of processor time.", "",
             *success_table(summary),
         ]  # fmt: skip
