@@ -18,7 +18,7 @@ BLUE, BROWN, GREY, GREEN = "#1f5f8b", "#8a5a20", "#59626b", "#1d7044"
 
 LABELS = {
     "auc": "area under the curve", "spearman": "rank correlation", "enrichment": "enrichment, best 5 %",
-    "top": "best decoy near-native",
+    "top": "best decoy near-native", "top_ten": "one of the best ten near-native",
 }  # fmt: skip
 
 

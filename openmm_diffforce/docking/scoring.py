@@ -29,9 +29,9 @@ from .statistics import (
 Score = Callable[[Complex, Poses], Any]
 """Complex and poses -> one number for each pose; lower is better."""
 
-MEASURES = ("auc", "spearman", "enrichment", "top")
+MEASURES = ("auc", "spearman", "enrichment", "top", "top_ten")
 """Area under the curve; rank correlation with ligand RMSD; enrichment in the best 5 %; whether the best
-decoy is near-native."""
+decoy is near-native; whether one of the best ten is."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def measures_of(score: Any, rmsd: Any, near: Any) -> dict[str, float]:
         "spearman": rank_correlation(score, rmsd),
         "enrichment": enrichment(score, near),
         "top": float(np.asarray(near)[np.argmin(score)]),
+        "top_ten": float(np.asarray(near)[np.argsort(score, kind="stable")[:10]].any()),
     }
 
 
