@@ -276,7 +276,8 @@ def table(found: dict[str, Any]) -> list[str]:
             "",
             "Largest absolute error of ln f and relative error of the score, against 40 digits, "
             "from 1e-6 rad to 0.9 of the range; error of the normalisation (quadrature) and of the "
-            "inverted CDF; Kolmogorov-Smirnov p of 4000 angles, five seeds, sorted.",
+            "inverted CDF; Kolmogorov-Smirnov p of 4000 angles, five seeds, sorted "
+            "(the same uniform numbers for every sigma).",
             "",
             "| sigma [rad] | ln f | score | normalisation | inversion | p |",
             "|---|---|---|---|---|---|",
@@ -336,7 +337,8 @@ def table(found: dict[str, Any]) -> list[str]:
             f"{2 * N_POSES} samples a mixture, schedule `power`. Smooth random fields that are the "
             "gradient of nothing are added to the scores, `size` in units of 1/width of the noised "
             "components. Error of -ln p0 after its mean is removed, correlation with the exact one, "
-            "and the stated standard error (spread over four paths; a flow has none).",
+            "and the stated standard error (spread over four paths; a flow has none). An error "
+            "that all paths share does not show in the spread.",
             "",
             "| size | method | rms error [kT] | correlation | stated error [kT] |",
             "|---|---|---|---|---|",

@@ -43,7 +43,7 @@ import numpy as np
 
 from ..errors import InputError, ModelError
 from . import so3
-from .rigid import Poses, RigidSchedule, Scores, _coordinates, _some, _times_of, evaluate_scores
+from .rigid import Poses, RigidSchedule, Scores, _coordinates, _schedule, _some, _times_of, evaluate_scores
 from .so3 import FloatArray
 
 DFMDOCK_SCHEDULE = RigidSchedule(
@@ -182,8 +182,7 @@ class ExternalDockingModel:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: expected one of {known}, found {getattr(self, name)!r}.")
-        if not isinstance(self.schedule, RigidSchedule):
-            raise InputError(f"schedule: expected a RigidSchedule, found {type(self.schedule).__name__}.")
+        _schedule(self.schedule)
         if not (isinstance(self.energy_scale, int | float) and math.isfinite(self.energy_scale)):
             raise InputError(f"energy_scale: expected a finite number, found {self.energy_scale!r}.")
         if not callable(self.function):
@@ -349,6 +348,7 @@ def _examine(
     steps: tuple[float, float],
 ) -> DockingExamination:
     n = len(_some(poses))
+    so3._generator(generator)
     if not all(isinstance(h, int | float) and 0 < h < 1 for h in steps):
         raise InputError(f"steps: expected displacements in (0, 1) nm and rad, found {steps!r}.")
     tr, rot, energy = evaluate_scores(model, poses, t)

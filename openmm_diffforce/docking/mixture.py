@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 
 from ..errors import InputError
 from . import so3
-from .rigid import Poses, RigidSchedule, Scores, _some, _times_of
+from .rigid import Poses, RigidSchedule, Scores, _schedule, _some, _times_of
 from .so3 import FloatArray
 
 
@@ -65,6 +65,7 @@ class PoseMixture:
 
     def __post_init__(self) -> None:
         n = len(_some(self.centres, "centres"))
+        _schedule(self.schedule)
         for name in ("weights", "spread_tr", "spread_rot"):
             value = so3._real(f"PoseMixture.{name}", getattr(self, name), ())
             if value.shape not in ((), (n,)) or (name == "weights" and value.shape != (n,)):
@@ -115,7 +116,7 @@ class PoseMixture:
         poses : Poses
         component : numpy.ndarray of int, shape (n,)
         """
-        which = generator.choice(len(self.weights), so3._count(n), p=self.weights)
+        which = so3._generator(generator).choice(len(self.weights), so3._count(n), p=self.weights)
         spread_tr = np.sqrt(self.spread_tr[which] ** 2 + float(self.schedule.sigma_tr(t)) ** 2)
         spread_rot = np.sqrt(self.spread_rot[which] ** 2 + float(self.schedule.sigma_rot(t)) ** 2)
         shift = spread_tr[:, None] * generator.standard_normal((len(which), 3))

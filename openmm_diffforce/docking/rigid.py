@@ -420,6 +420,12 @@ class RigidSchedule:
             ) from err
 
 
+def _schedule(schedule: Any) -> RigidSchedule:
+    if not isinstance(schedule, RigidSchedule):
+        raise InputError(f"schedule: expected a RigidSchedule, found {type(schedule).__name__}.")
+    return schedule
+
+
 def _times(t: Any) -> FloatArray:
     t = so3._real("t", t, ())
     if (t < 0).any() or (t > 1).any():
@@ -607,9 +613,9 @@ def noise_between(
         raise InputError(f"t, t_end: expected 0 <= t <= t_end <= 1, found {t!r}, {t_end!r}.")
     grow_tr, grow_rot = (
         math.sqrt(max(float(sigma(t_end)) ** 2 - float(sigma(t)) ** 2, 0.0))
-        for sigma in (schedule.sigma_tr, schedule.sigma_rot)
+        for sigma in (_schedule(schedule).sigma_tr, schedule.sigma_rot)
     )
-    shift = grow_tr * generator.standard_normal((n, 3))
+    shift = grow_tr * so3._generator(generator).standard_normal((n, 3))
     return poses.perturbed(so3.sample_igso3(grow_rot, n, generator=generator), shift)
 
 
@@ -660,8 +666,8 @@ def noise_poses(
     t = _times_of(t, n)
     if (t <= 0).any():
         raise InputError("t: expected diffusion times above 0, found 0; without noise there is no score.")
-    sigma_tr, sigma_rot = schedule.sigma_tr(t), schedule.sigma_rot(t)
-    shift = sigma_tr[:, None] * generator.standard_normal((n, 3))
+    sigma_tr, sigma_rot = _schedule(schedule).sigma_tr(t), schedule.sigma_rot(t)
+    shift = sigma_tr[:, None] * so3._generator(generator).standard_normal((n, 3))
     omega = so3.sample_igso3(sigma_rot, generator=generator)
     return NoisedPoses(
         poses=poses.perturbed(omega, shift),
@@ -786,7 +792,10 @@ class PosePrior:
     def sample(self, n: int, *, generator: np.random.Generator) -> Poses:
         """n draws."""
         n = so3._count(n)
-        tau = self.mean + generator.standard_normal((n, 3)) @ np.linalg.cholesky(self.covariance).T
+        tau = (
+            self.mean
+            + so3._generator(generator).standard_normal((n, 3)) @ np.linalg.cholesky(self.covariance).T
+        )
         if self.rotation is None:
             return Poses(so3.random_rotations(n, generator), tau)
         turn = so3.exp(so3.sample_igso3(self.sigma_rot, n, generator=generator))
@@ -921,7 +930,7 @@ def sample_poses(
     schedule: RigidSchedule,
     generator: np.random.Generator | None = None,
     method: Literal["sde", "ode"] = "sde",
-    n_steps: int = 100,
+    n_steps: int = 50,
     t_min: float = 0.0,
     stretch: float = 1.0,
     keep_trajectory: bool = False,
@@ -989,8 +998,9 @@ def sample_poses(
     times = time_grid(n_steps, t_min, stretch=stretch)[::-1]
     if method not in ("sde", "ode"):
         raise InputError(f"method: expected 'sde' or 'ode', found {method!r}.")
-    if method == "sde" and not isinstance(generator, np.random.Generator):
-        raise InputError("generator: the reverse SDE draws noise; pass numpy.random.default_rng(seed).")
+    if method == "sde":
+        so3._generator(generator)
+    _schedule(schedule)
     kept = [poses]
     n_calls = 0
 

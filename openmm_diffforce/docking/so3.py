@@ -371,18 +371,27 @@ def random_rotations(n: int, generator: np.random.Generator) -> FloatArray:
     Raises
     ------
     InputError
-        If n is no whole number >= 0.
+        If n is no whole number >= 0, or ``generator`` is none.
 
     Examples
     --------
     >>> random_rotations(2, np.random.default_rng(0)).shape
     (2, 3, 3)
     """
-    q = generator.standard_normal((_count(n), 4))
+    q = _generator(generator).standard_normal((_count(n), 4))
     q /= np.linalg.norm(q, axis=1, keepdims=True)
     w, v = q[:, 0, None, None], q[:, 1:]
     k = hat(v)
     return np.eye(3) + 2 * w * k + 2 * (k @ k)
+
+
+def _generator(generator: Any) -> np.random.Generator:
+    if not isinstance(generator, np.random.Generator):
+        raise InputError(
+            f"generator: expected a numpy.random.Generator, found {type(generator).__name__}; pass "
+            "numpy.random.default_rng(seed)."
+        )
+    return generator
 
 
 def _count(n: Any) -> int:
@@ -660,7 +669,7 @@ def sample_igso3(sigma: Any, n: int | None = None, *, generator: np.random.Gener
     Raises
     ------
     InputError
-        If a width is negative or not finite, or if its shape is neither () nor (n,).
+        If a width is negative or not finite, its shape is neither () nor (n,), or ``generator`` is none.
     ConvergenceError
         If the inversion fails.
 
@@ -677,7 +686,7 @@ def sample_igso3(sigma: Any, n: int | None = None, *, generator: np.random.Gener
     if s.ndim > 1 or (s.ndim == 1 and len(s) != count):
         raise InputError(f"sigma: expected one width, or one for each of {count} draws, found {s.shape}.")
     s = np.broadcast_to(s, (count,))
-    u = generator.random(count)
+    u = _generator(generator).random(count)
     axis = generator.standard_normal((count, 3))
     axis /= np.linalg.norm(axis, axis=1, keepdims=True)
     omega = np.zeros(count)
