@@ -157,9 +157,14 @@ def test_figures_and_pages(tmp_path: Path) -> None:
     figure = funnel_figure([{"title": str(k), "rmsd": [0.1, 1.0], "score": [0.0, 1.0]} for k in range(7)])
     assert sum(a.axison for a in figure.axes) == 7
     page = write_docking_page(
-        tmp_path / "p.html", title="<b>", lead="lead", facts={"a": "b"}, tables=[], figures=[], notes=["n"]
-    )
-    assert "&lt;b&gt;" in page.read_text()
+        tmp_path / "p.html", title="<b>", lead="lead", facts={"a": "b"}, figures=[], notes=["n"],
+        tables=[{"title": "T", "head": ["x", "y"], "rows": [["row", float("nan")], [1, 0.12345]]}],
+    )  # fmt: skip
+    text = page.read_text()
+    assert "&lt;b&gt;" in text
+    assert "nan" not in text
+    assert '<td class="n">n/a</td>' in text
+    assert '<td class="n">0.123</td>' in text
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -19,10 +19,12 @@ from openmm_diffforce.config import (
     load_settings,
     window_arguments,
 )
+from openmm_diffforce.docking.complex import pdb_text
 from openmm_diffforce.exchange import ExchangeRun
 from openmm_diffforce.project import run_sampler
 
 from . import tiny
+from .tiny_complex import tiny_complex
 
 PACKAGE_HOME = str(Path(openmm_diffforce.__file__).resolve().parents[1])
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -138,6 +140,20 @@ def test_the_bridge_and_its_yaml_are_one_run(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "example_07" / "bridge" / "bridge.json").read_text())
     again = run_bridge(load_settings(tmp_path / "bridge.yaml", BridgeSettings))
     assert again.result.delta_f == first["bridge"]["delta_f"]
+
+
+def test_docking(tmp_path: Path) -> None:
+    for k in range(4):
+        one = tiny_complex(k)
+        text = pdb_text(one.receptor) + pdb_text(one.ligand) + "END\n"
+        (tmp_path / f"tiny{k}.pdb").write_text(text)
+    out = run(tmp_path, "10_docking.py", ".", "tiny3.pdb", "--decoys", "40", "--noised", "30")
+    assert "fitted to 3 complexes" in out  # not to the one it scores
+    assert "20 nm away: S = 0.00 kT" in out
+    learned, count = (float(v) for v in re.findall(r": AUC (\S+),", out))
+    assert learned > 0.8
+    assert 0 <= count <= 1
+    assert "Docking scores of tiny3" in (tmp_path / "example_10" / "report.html").read_text()
 
 
 def test_the_bridge_file_is_valid() -> None:

@@ -270,7 +270,7 @@ def test_commands_in_documents_exist(file: str) -> None:
 
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     assert set(re.findall(r"^make ([a-z]+)", text, re.MULTILINE)) <= make_targets()
-    assert set(re.findall(r"^(?:\$ )?diffforce ([a-z]+)", text, re.MULTILINE)) <= commands
+    assert set(re.findall(r"^(?:\$ )?diffforce ([a-z-]+)", text, re.MULTILINE)) <= commands
     for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (ROOT / file).parent.joinpath(path).exists(), path
     for path in re.findall(r"\bpython ((?:examples|benchmarks)/[\w./]+\.py)", text):

@@ -7,18 +7,38 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Complex": "complex",
     "DFMDOCK_SCHEDULE": "adapter",
+    "Decoys": "decoys",
+    "DockingFit": "learning",
     "ExternalDockingModel": "adapter",
+    "Partner": "complex",
+    "PhysicsScore": "physics_score",
     "PoseEnergyResult": "rigid_energy",
     "PoseMixture": "mixture",
     "PosePrior": "rigid",
     "Poses": "rigid",
+    "ResidueModel": "residue_model",
     "RigidSchedule": "rigid",
+    "cross_validate": "learning",
+    "energy_head": "scoring",
+    "fit_docking_model": "learning",
+    "load_docking_model": "model_file",
+    "make_decoys": "decoys",
     "noise_poses": "rigid",
     "pose_flow_energy": "rigid_energy",
+    "pose_metrics": "metrics",
     "pose_path_energy": "rigid_energy",
+    "read_complex": "complex",
+    "read_partners": "complex",
+    "read_poses": "dock_run",
+    "run_docking": "dock_run",
     "sample_poses": "rigid",
+    "save_docking_model": "model_file",
+    "score_decoys": "scoring",
+    "score_poses": "scoring",
     "scores_from_gradient": "rigid",
+    "summarise": "scoring",
 }
 
 __all__ = [*_HOME]

@@ -300,8 +300,9 @@ def read_complex(
             f"{receptor!r} and {ligand!r}."
         )
     atoms, where = _atoms_of(source)
-    both = [(_chosen(atoms, c, where, r), r) for c, r in ((receptor, "receptor"), (ligand, "ligand"))]
-    parts = [_partner(chosen, f"{where}, {role}") for chosen, role in both]
+    roles = {"receptor": receptor, "ligand": ligand}
+    chosen = {role: _chosen(atoms, chains, where, role) for role, chains in roles.items()}
+    parts = [_partner(some, f"{where}, {role}") for role, some in chosen.items()]
     found = Complex(
         name or where.split(".")[0], parts[0], parts[1], notes=parts[0].notes + parts[1].notes
     )  # fmt: skip

@@ -386,7 +386,10 @@ def _write_page(
     if measures:
         tables.append({
             "title": "Near-native poses told apart", "head": ["score", *(LABELS[m] for m in MEASURES)],
-            "rows": [[n, *(v[m] for m in MEASURES)] for n, v in measures.items()],
+            "rows": [
+                [n, *(("no", "yes")[int(v[m])] if m.startswith("top") else v[m] for m in MEASURES)]
+                for n, v in measures.items()
+            ],
         })  # fmt: skip
     trained = model.metadata.get("trained_on", [])
     facts = {

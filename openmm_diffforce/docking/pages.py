@@ -18,7 +18,7 @@ BLUE, BROWN, GREY, GREEN = "#1f5f8b", "#8a5a20", "#59626b", "#1d7044"
 
 LABELS = {
     "auc": "area under the curve", "spearman": "rank correlation", "enrichment": "enrichment, best 5 %",
-    "top": "best decoy near-native",
+    "top": "best decoy near-native", "top_ten": "one of the best ten near-native",
 }  # fmt: skip
 
 
@@ -112,6 +112,12 @@ def success_rows(summary: Summary) -> list[dict[str, Any]]:
     return rows
 
 
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if math.isfinite(value) else "n/a"
+    return str(value)
+
+
 def write_docking_page(
     path: str | os.PathLike[str],
     *,
@@ -150,7 +156,7 @@ def write_docking_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
+    environment.filters["cell"] = _cell
     pictures = [
         (base64.b64encode(figure_bytes(f, file_format="png", dpi=130)).decode("ascii"), caption)
         for f, caption in figures
