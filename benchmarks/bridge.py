@@ -464,6 +464,16 @@ def audit_table(found: dict[str, Any]) -> list[str]:
     for what, some in (("all", odd), ("not starved", [r for r in odd if r[0] != "short"])):
         passed = [abs(r[2]) <= 1 for r in some if verdict(r[4]["gates"]) == "PASS"]
         lines += [f"Within 1 kT among PASS (odd runs, {what}): {interval(sum(passed), len(passed))}.", ""]
+    starved = [r for r in every if r[0] == "short"]
+    if starved:
+        wrong = [r[4]["gates"] for r in starved if abs(r[2]) > max(1.0, 3 * r[3])]
+        blind = [
+            verdict({n: v for n, v in gates.items() if not n.startswith("independent")}) for gates in wrong
+        ]
+        lines += [
+            "Too few independent frames alone is a WARN. With the two gates that count frames left out, of",
+            f"the wrong starved runs {interval(blind.count('PASS'), len(blind))} would PASS.", "",
+        ]  # fmt: skip
     return lines
 
 
