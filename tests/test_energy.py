@@ -115,6 +115,13 @@ def test_mmse_within_its_own_error() -> None:
         assert math.sqrt((z**2).mean()) < 1.7
     _, error = solve(GAUSSIAN, PLANE, SCHEDULES["VE"], method="mmse", n_paths=2, generator=rng(6))
     assert np.abs(error).max() < 1e-9  # against itself
+    # what lies below the first noise, 0.5 kT in the narrow well here, is that of the first noise
+    found, error = solve(
+        MIXTURE, X[:1] * 0 - 1.0, SCHEDULES["VE"], method="mmse", sigma_min=0.15, n_steps=60, n_paths=1000,
+        generator=rng(6),
+    )  # fmt: skip
+    assert abs(error[0]) < 0.25
+    assert found.standard_error[0] < 0.05
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -181,6 +188,14 @@ def test_step_halving_knows_the_error(arguments: Any, order: int) -> None:
     without, _ = solve(MIXTURE, X, schedule, halving=False, **arguments)
     assert np.isnan(without.discretisation).all()
     np.testing.assert_array_equal(without.log_density, found.log_density)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"solver": "heun", "n_steps": 240}, {"method": "stratonovich", "path": "mean"}]
+)
+def test_step_halving_is_right_where_steps_are_small(arguments: Any) -> None:
+    found, error = solve(GAUSSIAN, PLANE, SCHEDULES["VP"], **arguments)
+    np.testing.assert_allclose(found.discretisation, -error, rtol=0.12, atol=1e-7)
 
 
 def test_brownian_stratonovich_has_a_bias_that_halving_takes_out() -> None:
