@@ -13,7 +13,7 @@ import torch
 from openmm import app, unit
 from typer.testing import CliRunner
 
-from openmm_diffforce import cli
+from openmm_diffforce import cli, scores
 from openmm_diffforce.artefact import export_artefact, load_artefact
 from openmm_diffforce.energy import (
     METHODS,
@@ -261,6 +261,17 @@ def test_batches_change_nothing(arguments: Any) -> None:
         assert one.n_score == results[0].n_score
     other = solve(two, PLANE, SCHEDULES["VE"], generator=rng(11), **arguments)[0]
     assert not np.allclose(other.log_density, results[0].log_density, atol=1e-12)
+
+
+def test_many_rows_and_few_are_differentiated_alike() -> None:
+    """Few rows go into one call with a copy for each direction, many into one graph."""
+    few, _ = solve(GAUSSIAN, PLANE, SCHEDULES["VE"], n_steps=4)
+    x = np.tile(PLANE, (700, 1))
+    assert len(x) > scores.ROWS_AT_ONCE
+    many, _ = solve(GAUSSIAN, x, SCHEDULES["VE"], n_steps=4, batch_size=len(x))
+    np.testing.assert_allclose(many.log_density, np.tile(few.log_density, 700), rtol=1e-12)
+    assert many.n_products == 700 * few.n_products
+    assert many.n_score == 700 * few.n_score
 
 
 def test_counts_of_score_calls() -> None:
