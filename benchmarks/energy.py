@@ -714,9 +714,10 @@ def alanine_section(found: dict[str, Any]) -> list[str]:
             f"{f['losses'][-1][1]:.3f} (1: the best linear denoiser).", "",
             "Error budget, rms over frames [kT]: all of it; the steps (halving estimate, mean removed); the "
             "paths (standard error). What is left is the score's: below the blend that of the physical "
-            f"action, {f['on_same']['rmse']:.2f} on these frames, above it the network's. With an exact score "
-            f"both methods would agree; they differ by {np.mean(gap):+.2f} kT in the mean and "
-            f"{np.std(gap):.2f} about it: the network's score is not that of one density that spreads as noise spreads it.", "",
+            f"action, {f['on_same']['rmse']:.2f} on these frames, above it the network's. With an exact "
+            f"score both methods would agree; they differ by {np.mean(gap):+.2f} kT in the mean and "
+            f"{np.std(gap):.2f} about it: the network's score is not that of one density that spreads as "
+            "noise spreads it.", "",
             "| method | scores per frame | products | all | steps | paths | worst frame |",
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
