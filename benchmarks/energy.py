@@ -722,7 +722,8 @@ def alanine_section(found: dict[str, Any]) -> list[str]:
             "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [
-            f"| {r['method']} | {r['n_score']} | {r['n_products']} | {r['cpu_seconds']:.0f} | {r['rmse']:.2f} | "
+            f"| {r['method']} | {r['n_score']} | {r['n_products']} | {r['cpu_seconds']:.0f} | "
+            f"{r['rmse']:.2f} | "
             f"{r['steps_rms']:.2f} | {r['drawn_rms']:.2f} | {worst_frame(r['value'], f['truth']):+.1f} |"
             for r in f["rows"]
         ]
