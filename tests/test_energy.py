@@ -13,7 +13,7 @@ import torch
 from openmm import app, unit
 from typer.testing import CliRunner
 
-from openmm_diffforce import cli
+from openmm_diffforce import cli, scores
 from openmm_diffforce.artefact import export_artefact, load_artefact
 from openmm_diffforce.energy import (
     METHODS,
@@ -115,6 +115,13 @@ def test_mmse_within_its_own_error() -> None:
         assert math.sqrt((z**2).mean()) < 1.7
     _, error = solve(GAUSSIAN, PLANE, SCHEDULES["VE"], method="mmse", n_paths=2, generator=rng(6))
     assert np.abs(error).max() < 1e-9  # against itself
+    # what lies below the first noise, 0.5 kT in the narrow well here, is that of the first noise
+    found, error = solve(
+        MIXTURE, X[:1] * 0 - 1.0, SCHEDULES["VE"], method="mmse", sigma_min=0.15, n_steps=60, n_paths=1000,
+        generator=rng(6),
+    )  # fmt: skip
+    assert abs(error[0]) < 0.25
+    assert found.standard_error[0] < 0.05
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -183,6 +190,14 @@ def test_step_halving_knows_the_error(arguments: Any, order: int) -> None:
     np.testing.assert_array_equal(without.log_density, found.log_density)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"solver": "heun", "n_steps": 240}, {"method": "stratonovich", "path": "mean"}]
+)
+def test_step_halving_is_right_where_steps_are_small(arguments: Any) -> None:
+    found, error = solve(GAUSSIAN, PLANE, SCHEDULES["VP"], **arguments)
+    np.testing.assert_allclose(found.discretisation, -error, rtol=0.12, atol=1e-7)
+
+
 def test_brownian_stratonovich_has_a_bias_that_halving_takes_out() -> None:
     arguments = {"method": "stratonovich", "path": "brownian", "n_steps": 300, "n_paths": 64}
     _, error = solve(MIXTURE, X, SCHEDULES["VP"], generator=rng(8), **arguments)
@@ -246,6 +261,17 @@ def test_batches_change_nothing(arguments: Any) -> None:
         assert one.n_score == results[0].n_score
     other = solve(two, PLANE, SCHEDULES["VE"], generator=rng(11), **arguments)[0]
     assert not np.allclose(other.log_density, results[0].log_density, atol=1e-12)
+
+
+def test_many_rows_and_few_are_differentiated_alike() -> None:
+    """Few rows go into one call with a copy for each direction, many into one graph."""
+    few, _ = solve(GAUSSIAN, PLANE, SCHEDULES["VE"], n_steps=4)
+    x = np.tile(PLANE, (700, 1))
+    assert len(x) > scores.ROWS_AT_ONCE
+    many, _ = solve(GAUSSIAN, x, SCHEDULES["VE"], n_steps=4, batch_size=len(x))
+    np.testing.assert_allclose(many.log_density, np.tile(few.log_density, 700), rtol=1e-12)
+    assert many.n_products == 700 * few.n_products
+    assert many.n_score == 700 * few.n_score
 
 
 def test_counts_of_score_calls() -> None:
