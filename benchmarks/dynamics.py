@@ -673,7 +673,8 @@ def _bias_lines(b: dict[str, Any]) -> list[str]:
         "Alanine, amber14. Reference: the frames of the fit (LangevinMiddle, 1 fs), <U> = "
         f"{_pm([base['mean'], base['error']])} kT.",
         "The advisor saw 20 training frames, with the Hessian of amber14 (in brackets: of the learned one).",
-        f"Measured: {BIAS_STARTS} runs of {BIAS_EQUIL + BIAS_FRAMES * BIAS_INTERVAL} steps, from others.",
+        f"Measured: {BIAS_STARTS} runs of {BIAS_EQUIL + BIAS_FRAMES * BIAS_INTERVAL} steps from as many "
+        "held-out frames.",
         "",
         "| step [fs] | D dt kappa | verdict | excess predicted [kT] | measured [kT] | with Metropolis [kT] "
         "| accepted |",
