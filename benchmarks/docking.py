@@ -320,7 +320,7 @@ def table(found: dict[str, Any]) -> list[str]:
         }
         share = np.mean([(r.dockq >= ACCEPTABLE).mean() for r in scored])
         lines += [
-            f"Best-scored decoy acceptable by DockQ (>= {ACCEPTABLE}; {100 * share:.0f} % of the decoys are), "
+            f"Best-scored decoy acceptable by DockQ (>= {ACCEPTABLE}; {100 * share:.0f} % of decoys are), "
             f"of 10, mean over sets: {', '.join(f'{n} {v:.1f}' for n, v in counts.items())}.", "",
         ]  # fmt: skip
         lines += complex_table(summary, scored, [HEADLINE, "contact count", "contact energies"])
