@@ -75,6 +75,9 @@ PHYSICS_SECONDS = 1200.0
 
 N_PHYSICS = 100
 
+ACCEPTABLE = 0.23
+"""Lowest DockQ of an acceptable pose."""
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "docking"
 
 
@@ -310,6 +313,15 @@ def table(found: dict[str, Any]) -> list[str]:
             "Best-scored decoy near-native in at least 6 of 10: "
             f"{'reached' if tops >= 6 else 'missed'}, {tops:.1f} on average over sets "
             f"({', '.join(str(int(v)) for v in each.sum(axis=0))}).", "",
+        ]  # fmt: skip
+        counts = {
+            name: sum(float(r.dockq[r.scores[name].argmin()] >= ACCEPTABLE) for r in scored) / len(TEST_SEEDS)
+            for name in scored[0].scores
+        }
+        share = np.mean([(r.dockq >= ACCEPTABLE).mean() for r in scored])
+        lines += [
+            f"Best-scored decoy acceptable by DockQ (>= {ACCEPTABLE}; {100 * share:.0f} % of decoys are), "
+            f"of 10, mean over sets: {', '.join(f'{n} {v:.1f}' for n, v in counts.items())}.", "",
         ]  # fmt: skip
         lines += complex_table(summary, scored, [HEADLINE, "contact count", "contact energies"])
     if "flow" in found:
