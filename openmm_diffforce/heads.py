@@ -14,8 +14,8 @@ hold for every weight of the network. It is fitted at both ends by the Gaussian 
 .. math:: \ell = \tfrac12 \left\langle (O - O_k)^2/V_k + \ln V_k \right\rangle_{k = 0, 1}
 
 which asks for two moments of O and nothing else: an operator with a heavy tail is described badly by
-them, and the work is then off by kT (``benchmarks/results/bridge.md``). As a summary of the noised frame,
-where only the order of the works counts, that bias is gone.
+them, and Delta f is then off by kT while the networks agree among each other
+(``benchmarks/results/bridge.md``). As a summary of the noised frame only the order of the works counts.
 """
 
 import math
