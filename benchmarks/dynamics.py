@@ -346,15 +346,27 @@ def _observables(x: np.ndarray, case: AlanineCase) -> dict[str, np.ndarray]:
 
 
 def _displacements(angles: np.ndarray) -> np.ndarray:
-    """Mean squared change of phi and psi [degrees^2] after each short lag, from frames in C7eq."""
+    """Sums of squared changes of phi and psi [degrees^2] after each short lag, from frames in C7eq,
+    and how many: [lag, (phi, psi, count)]. A run may hold none."""
     phi, psi = np.degrees(angles).T
     inside = (phi > -120) & (phi < 0) & (psi > -30) & (psi < 110)
     found = []
     for lag in SHORT_LAGS:
         change = np.degrees(angles[lag:] - angles[:-lag])[inside[:-lag]]
         change = (change + 180) % 360 - 180
-        found.append((change**2).mean(axis=0))
+        found.append([*(change**2).sum(axis=0), len(change)])
     return np.array(found)
+
+
+def _pooled(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [lag, angle] over runs [run, lag, (phi, psi, count)], and its jackknife error over these."""
+
+    def mean(v: np.ndarray) -> np.ndarray:
+        total = v.sum(axis=0)
+        return total[:, :2] / total[:, 2:]
+
+    left_out = np.array([mean(np.delete(sums, r, axis=0)) for r in range(len(sums))])
+    return mean(sums), np.sqrt((len(sums) - 1) * left_out.var(axis=0))
 
 
 def memory(out: Path) -> dict:
@@ -409,15 +421,15 @@ def memory(out: Path) -> dict:
             "curve_learned": one.correlation[lags].tolist(),
             "curve_amber14": two.correlation[lags].tolist(),
         }
-    short = {name: np.array([_displacements(run["angles"]) for run in runs]) for name, runs in seen.items()}
+    short = {
+        name: _pooled(np.array([_displacements(run["angles"]) for run in runs]))
+        for name, runs in seen.items()
+    }
     moves = [
         {
             "angle": ("phi", "psi")[i],
             "lag_ps": lag * interval,
-            **{
-                name: [float(v[:, j, i].mean()), float(v[:, j, i].std(ddof=1) / np.sqrt(len(v)))]
-                for name, v in short.items()
-            },
+            **{name: [float(v[j, i]), float(e[j, i])] for name, (v, e) in short.items()},
         }
         for i in range(2)
         for j, lag in enumerate(SHORT_LAGS)
