@@ -42,6 +42,8 @@ INTERVAL = 200
 """Steps of 1 fs between frames; inefficiencies are estimated, not assumed."""
 SEGMENT = 50
 """Frames between two moves of the methyl group."""
+SPACED = 2000
+"""Steps between frames of ``F1_spaced``: the same number of frames from ten times the time."""
 SHORT_CASES, SHORT_LENGTHS, SHORT_RUNS, N_SHORT = ("Br3", "I3"), (100, 200), 3, 5
 """Starved runs: N_SHORT disjoint blocks of every length from each of the first runs of these cases."""
 SUPERVISED_CASES, N_SUPERVISED, N_SUPERVISED_LEVELS = ("F1", "Br3", "I3"), 3, 4
@@ -167,13 +169,15 @@ def toy(name: str) -> Part:
 
 
 def frames_of(
-    case: AlanineCase, lam: float, n_frames: int, seed: int, hydrogens: Sequence[int], path: Path
-) -> tuple[np.ndarray, np.ndarray]:
+    case: AlanineCase, lam: float, n_frames: int, seed: int, hydrogens: Sequence[int], path: Path,
+    spacing: int = INTERVAL,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Frames of a state and O on them, kept in ``path``."""
     if not path.exists():
         key = [seed, round(1e6 * lam)]
         x = sampled(
-            case, lam, n_frames, key, hydrogens=hydrogens, interval=INTERVAL, segment=SEGMENT
+            case, lam, n_frames, key, hydrogens=hydrogens, interval=spacing,
+            segment=SEGMENT * INTERVAL // spacing,
         )  # fmt: skip
         with atomic_path(path) as part, open(part, "wb") as handle:
             np.savez(handle, x=x, o=case.pair.operator_values(x))
@@ -182,24 +186,27 @@ def frames_of(
 
 
 def reference(
-    case: AlanineCase, n_frames: int, seed: int, hydrogens: Sequence[int], stem: Path
-) -> tuple[float, float]:
+    case: AlanineCase, n_frames: int, seed: int, hydrogens: Sequence[int], stem: Path,
+    spacing: int = INTERVAL,
+) -> tuple[float, float]:  # fmt: skip
     lams = [s["lambda"] for s in case.states]
     o_k = []
     for k, lam in enumerate(lams):
         path = stem.with_name(f"{stem.name}_window_{k}.npz")
-        o_k.append(frames_of(case, lam, n_frames, seed, hydrogens, path)[1])
+        o_k.append(frames_of(case, lam, n_frames, seed, hydrogens, path, spacing)[1])
     return operator_mbar(lams, o_k)
 
 
-def alanine(name: str) -> Part:
+def alanine(name: str, spacing: int = INTERVAL) -> Part:
+    """Part ``name``; the case is what stands before an underscore."""
+
     def run(out: Path) -> dict[str, Any]:
-        case = alanine_case(name, restrain_phi=True)
+        case = alanine_case(name.split("_")[0], restrain_phi=True)
         hydrogens = hydrogens_of(case)
         lams = [s["lambda"] for s in case.states]
         between = [lams[len(lams) // 3], lams[2 * len(lams) // 3]]
         found: dict[str, Any] = {
-            "reference": reference(case, N_REFERENCE, SEED, hydrogens, out / name),
+            "reference": reference(case, N_REFERENCE, SEED, hydrogens, out / name, spacing),
             "n_windows": len(lams), "between": between, "sets": [],
         }  # fmt: skip
         for k in track(range(1, N_SETS + 1), name):
@@ -208,7 +215,7 @@ def alanine(name: str) -> Part:
                 four = [
                     frames_of(
                         case, lam, max(N_ENDS) if lam in (0, 1) else N_BETWEEN, SEED + k, hydrogens,
-                        out / f"{name}_{k}_{lam:.3f}.npz",
+                        out / f"{name}_{k}_{lam:.3f}.npz", spacing,
                     )
                     for lam in (0.0, *between, 1.0)
                 ]  # fmt: skip
@@ -379,9 +386,11 @@ SUPERVISED: dict[str, dict[str, Any]] = {
     "pair operator": {},
 }  # fmt: skip
 
+CASES = {"F1": INTERVAL, "F1_spaced": SPACED, "Br3": INTERVAL, "I3": INTERVAL}
+
 PARTS: dict[str, Part] = {
     **{name: toy(name) for name in TOYS},
-    **{name: alanine(name) for name in ("F1", "Br3", "I3")},
+    **{name: alanine(name, spacing) for name, spacing in CASES.items()},
     "random": random,
     "short": short,
     "supervised": supervised,
@@ -417,7 +426,7 @@ def runs(found: dict[str, Any]) -> list[tuple[str, int, float, float, Any]]:
         if name in found:
             exact = found[name]["exact"]
             out += [(name, i, v[0] - exact, 0.0, v[2]) for i, v in enumerate(found[name]["rows"]["bridge"])]
-    for name in ("F1", "Br3", "I3"):
+    for name in CASES:
         for i, one in enumerate(found.get(name, {}).get("sets", [])):
             value, error = found[name]["reference"]
             out += [(f"{name}, {m}", i, v[0] - value, error, v[2]) for m, v in one.items() if "bridge" in m]
@@ -560,16 +569,16 @@ def table(found: dict[str, Any]) -> list[str]:
         n = len(part["rows"]["bridge"])
         lines += [f"## {title}: {n} repeats of {N_TOY_FRAMES} frames per end, exact {part['exact']:.3f}", ""]
         lines += HEAD + [row(m, rows, part["exact"]) for m, rows in part["rows"].items()] + [""]
-    for name in ("F1", "Br3", "I3"):
+    for name, spacing in CASES.items():
         if name not in found:
             continue
         part = found[name]
         value, error = part["reference"]
         between = " and ".join(f"{b:.3g}" for b in part["between"])
         lines += [
-            f"## Alanine {name}: {len(part['sets'])} independent runs", "",
+            f"## Alanine {name.replace('_', ', ')}: {len(part['sets'])} independent runs", "",
             f"Reference: MBAR over {part['n_windows']} windows of {N_REFERENCE} frames, {value:.2f} +- "
-            f"{error:.2f}. Frames {INTERVAL / 1000:g} ps apart; two windows between at lambda {between}.",
+            f"{error:.2f}. Frames {spacing / 1000:g} ps apart; two windows between at lambda {between}.",
             "",
         ]  # fmt: skip
         lines += HEAD + [row(m, [s[m] for s in part["sets"]], value) for m in part["sets"][0]] + [""]
