@@ -640,8 +640,8 @@ def learned_section(part: dict[str, Any]) -> list[str]:
         value = np.array(r["log_density"])
         left.plot(x, -value, color=colour, linewidth=0.9, label=f"flow, samples {r['seed']}")
         right.plot(x, value - truth, color=colour, linewidth=0.9)
-    where = x[np.exp(truth) > MATTERS * np.exp(truth).max()]
-    right.axvspan(where.min(), where.max(), color=GREY, alpha=0.1, linewidth=0)
+    where = np.exp(truth) > MATTERS * np.exp(truth).max()
+    right.fill_between(x, -1, 1, where=where, color=GREY, alpha=0.12, linewidth=0)
     left.set(xlabel="x", ylabel="energy [kT]", title="learned energy", ylim=(-0.5, 12))
     left.legend(fontsize=7, frameon=False)
     right.set(xlabel="x", ylabel="error of ln p [kT]", title="error", ylim=(-1, 1))
