@@ -179,8 +179,8 @@ class EnergyResult:
         columns |= {
             "standard_error_kT": self.standard_error,
             # of the energy, which is minus ln p_0
-            "discretisation_kT": -self.discretisation,
-            "truncation_kT": -self.truncation,
+            "discretisation_kT": 0.0 - self.discretisation,
+            "truncation_kT": 0.0 - self.truncation,
         }
         table = pd.DataFrame(columns, index=pd.RangeIndex(len(self), name="frame"))
         table.attrs = {**self.settings(), "reference_frame": reference}
@@ -768,7 +768,7 @@ def energies_of_model(
         raise InputError(
             f"model: expected noise up to {MIN_NOISE:g} times the spread of the molecule ({spread:.3g} nm), "
             f"where it has become a Gaussian, found a schedule that ends at {top:.3g} nm; method 'action' "
-            "needs no noise, or insist."
+            "needs no noise; insist=True (--insist) takes p_T for a Gaussian all the same."
         )
     drawn = method in ("stratonovich", "ito", "backward_ito", "mmse")
     return learned_energy(
