@@ -12,7 +12,7 @@ from openmm_diffforce import sampler
 from openmm_diffforce.errors import InputError, ModelError, PoorOverlapError, UnitsError
 from openmm_diffforce.models.action import model_fields
 from openmm_diffforce.schedule import VESchedule, VPSchedule
-from openmm_diffforce.scores import GaussianPrior, noise_grid, score_of
+from openmm_diffforce.scores import GaussianPrior, Score, noise_grid, score_of
 from openmm_diffforce.testing import GaussianMixture
 
 from . import tiny
@@ -52,15 +52,19 @@ def test_samples_of_a_gaussian(kind: str, method: str) -> None:
     assert found.calls == {"sde": 400, "flow": 800, "pc": 800}[method]
 
 
+def point_score(schedule: VESchedule) -> Score:
+    """Of all data at MEAN."""
+    return lambda y, t: -(y - torch.as_tensor(MEAN)) / schedule.sigma(t)[:, None] ** 2
+
+
 def test_the_ancestral_step_is_exact_for_a_point() -> None:
     """All data at one point: whatever the grid, z at each level is N(point, tau^2)."""
     schedule, random = VESchedule(0.5), np.random.default_rng(12)
-    times = sampler.diffusion_times(schedule, 3, sigma_min=0.05)
-    y = sampler.prior_frames((4000, 2), schedule, 1.0, generator=random, mean=MEAN)
+    times = noise_grid(schedule, 3, kind="log", sigma_min=0.05)
+    y = sampler.prior_frames((4000, 2), schedule, 1.0, generator=random, prior=GaussianPrior(MEAN))
     found = sampler.reverse_sde(
-        lambda y, t: -(y - MEAN) / float(schedule.sigma(t)) ** 2, y, schedule, times=times, generator=random,
-        final="keep",
-    )  # fmt: skip
+        point_score(schedule), y, schedule, times=times, generator=random, final="keep"
+    )
     assert np.abs(z_scores(found.samples, MEAN, np.full(2, 0.05**2))).max() < 3.5
 
 
@@ -68,9 +72,9 @@ def test_the_corrector_has_the_bias_it_says() -> None:
     """Along a direction without signal r = D dt kappa: variance tau^2 / (1 - r/2)."""
     schedule, random = VESchedule(0.5), np.random.default_rng(13)
     found = sampler.predictor_corrector(
-        lambda y, t: -(y - MEAN) / float(schedule.sigma(t)) ** 2,
-        sampler.prior_frames((3000, 2), schedule, 1.0, generator=random, mean=MEAN), schedule,
-        times=[1.0, 0.5], generator=random, final="keep", n_corrector=12, corrector_step=0.6,
+        point_score(schedule),
+        sampler.prior_frames((3000, 2), schedule, 1.0, generator=random, prior=GaussianPrior(MEAN)), schedule,
+        times=[0.5, 1.0], generator=random, final="keep", n_corrector=12, corrector_step=0.6,
     )  # fmt: skip
     tau = float(schedule.sigma(0.5))
     assert np.abs(z_scores(found.samples, MEAN, np.full(2, tau**2 / 0.7))).max() < 3.5
