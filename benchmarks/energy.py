@@ -637,7 +637,8 @@ def learned_section(part: dict[str, Any]) -> list[str]:
     lines = [
         "## One-dimensional mixture, learned score", "",
         f"A network of 2 x 64 units, denoising score matching on {N_MIXTURE_DATA} samples, {MIXTURE_STEPS} "
-        f"steps, targets averaged over {N_REFERENCE} samples; three sets of samples. sigma_min 0.05, its first-order truncation added. Where p > "
+        f"steps, targets averaged over {N_REFERENCE} samples; three sets of samples. sigma_min 0.05, its "
+        "first-order truncation added. Where p > "
         f"{MATTERS:g} max p. A histogram of the same samples (bins of 0.1) beside it.", "",
         "| samples | method | worst error [kT] | rms [kT] | rms over p [kT] | stated |",
         "|---|---|---|---|---|---|",
