@@ -638,9 +638,9 @@ def learned_section(part: dict[str, Any]) -> list[str]:
         "## One-dimensional mixture, learned score", "",
         f"A network of 2 x 64 units, denoising score matching on {N_MIXTURE_DATA} samples, {MIXTURE_STEPS} "
         f"steps, targets averaged over {N_REFERENCE} samples; three sets of samples. sigma_min 0.05, its "
-        "first-order truncation added. Where p > "
-        f"{MATTERS:g} max p. A histogram of the same samples (bins of 0.1) beside it. Two weaker trainings had been "
-        "run on these samples before (rms over p 0.2 and 0.08 by the flow); settings came from other samples.", "",
+        f"first-order truncation added. Where p > {MATTERS:g} max p. A histogram of the same samples (bins "
+        "of 0.1) beside it. Two weaker trainings had been run on these samples before (rms over p 0.2 and "
+        "0.08 by the flow); settings came from other samples.", "",
         "| samples | method | worst error [kT] | rms [kT] | rms over p [kT] | stated |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
