@@ -17,23 +17,6 @@ if TYPE_CHECKING:
     from .artefact import load_artefact as load_artefact
     from .bridge import noisy_operator_bridge as noisy_operator_bridge
     from .density import fit_operator_density as fit_operator_density
-    from .docking.adapter import ExternalDockingModel as ExternalDockingModel
-    from .docking.complex import read_complex as read_complex
-    from .docking.complex import read_partners as read_partners
-    from .docking.decoys import make_decoys as make_decoys
-    from .docking.dock_run import run_docking as run_docking
-    from .docking.learning import fit_docking_model as fit_docking_model
-    from .docking.metrics import pose_metrics as pose_metrics
-    from .docking.model_file import load_docking_model as load_docking_model
-    from .docking.model_file import save_docking_model as save_docking_model
-    from .docking.rigid import PosePrior as PosePrior
-    from .docking.rigid import Poses as Poses
-    from .docking.rigid import RigidSchedule as RigidSchedule
-    from .docking.rigid import noise_poses as noise_poses
-    from .docking.rigid import sample_poses as sample_poses
-    from .docking.rigid_energy import pose_flow_energy as pose_flow_energy
-    from .docking.rigid_energy import pose_path_energy as pose_path_energy
-    from .docking.scoring import score_decoys as score_decoys
     from .energy import EnergyResult as EnergyResult
     from .energy import learned_energy as learned_energy
     from .energy import sample_with_energy as sample_with_energy
@@ -91,16 +74,12 @@ _HOME = {
     "EndStatePair": "alchemy",
     "EnergyResult": "energy",
     "EnvelopeAction": "models.envelope",
-    "ExternalDockingModel": "docking.adapter",
     "GaussianPrior": "scores",
     "MolecularGraph": "models.graph",
     "NetworkAction": "models.network",
     "NetworkSettings": "network_training",
     "PairOperator": "pair_features",
     "PhysicalModel": "models.physics",
-    "PosePrior": "docking.rigid",
-    "Poses": "docking.rigid",
-    "RigidSchedule": "docking.rigid",
     "ScoreModel": "models.action",
     "VESchedule": "schedule",
     "VPSchedule": "schedule",
@@ -109,7 +88,6 @@ _HOME = {
     "alanine_case": "alanine",
     "examine_model": "models.examine",
     "export_artefact": "artefact",
-    "fit_docking_model": "docking.learning",
     "fit_labels": "labels",
     "fit_network": "network_training",
     "fit_operator_density": "density",
@@ -121,36 +99,24 @@ _HOME = {
     "lambda_states": "alchemy",
     "learned_energy": "energy",
     "load_artefact": "artefact",
-    "load_docking_model": "docking.model_file",
-    "make_decoys": "docking.decoys",
     "matched_prior": "scores",
     "mix": "force",
     "model_fields": "models.action",
     "noise_frames": "sampler",
     "noise_grid": "scores",
-    "noise_poses": "docking.rigid",
     "noisy_operator_bridge": "bridge",
     "pair_splines": "pair_features",
     "path_divergence": "path_kl",
-    "pose_flow_energy": "docking.rigid_energy",
-    "pose_metrics": "docking.metrics",
-    "pose_path_energy": "docking.rigid_energy",
     "predictor_corrector": "sampler",
     "prior_frames": "sampler",
     "probability_flow": "sampler",
-    "read_complex": "docking.complex",
-    "read_partners": "docking.complex",
     "reverse_sde": "sampler",
     "reweight_samples": "sampler",
-    "run_docking": "docking.dock_run",
     "run_expanded_ensemble": "exchange",
     "run_posterior_bridge": "posterior_bridge",
     "run_replica_exchange": "exchange",
     "run_windows": "windows",
-    "sample_poses": "docking.rigid",
     "sample_with_energy": "energy",
-    "save_docking_model": "docking.model_file",
-    "score_decoys": "docking.scoring",
     "score_of": "scores",
 }
 
