@@ -363,11 +363,7 @@ def load_run(path: str | os.PathLike[str]) -> ProjectSettings | WindowsSettings:
     InputError
         As :func:`load_settings`.
     """
-    path = Path(path)
-    content = _keys_and_values(path)
-    if _PROJECT_SECTIONS & set(content):
-        return _settings(ProjectSettings, content, path)
-    return _settings(WindowsSettings, content, path)
+    return _load_project_or(WindowsSettings, Path(path))
 
 
 def load_bridge(path: str | os.PathLike[str]) -> ProjectSettings | BridgeSettings:
@@ -380,14 +376,17 @@ def load_bridge(path: str | os.PathLike[str]) -> ProjectSettings | BridgeSetting
     InputError
         As :func:`load_settings`.
     """
-    path = Path(path)
-    content = _keys_and_values(path)
-    if _PROJECT_SECTIONS & set(content):
-        return _settings(ProjectSettings, content, path)
-    return _settings(BridgeSettings, content, path)
+    return _load_project_or(BridgeSettings, Path(path))
 
 
 _PROJECT_SECTIONS = frozenset({"sample", "fit", "simulate", "windows"})
+
+
+def _load_project_or(kind: type[_Model], path: Path) -> ProjectSettings | _Model:
+    content = _keys_and_values(path)
+    if _PROJECT_SECTIONS & set(content):
+        return _settings(ProjectSettings, content, path)
+    return _settings(kind, content, path)
 
 
 def _keys_and_values(path: Path) -> dict[str, Any]:
