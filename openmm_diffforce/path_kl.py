@@ -31,7 +31,7 @@ import numpy as np
 from openmm import unit
 
 from .errors import InputError
-from .step_size import DIFFUSION_UNIT
+from .step_size import diffusion_per_coordinate
 from .systems import FloatArray, check_positive
 from .units import to_md
 
@@ -139,12 +139,7 @@ def path_divergence(
             f"frames: expected two or more finite ones, [n_frames, n_atoms, 3] or [n_frames, d], found shape "
             f"{x.shape}."
         )
-    d = np.asarray(to_md(diffusion, DIFFUSION_UNIT, name="diffusion"), dtype=np.float64)
-    if d.ndim > 1 or (d.ndim == 1 and d.shape != x.shape[1:2]):
-        raise InputError(f"diffusion: expected a number or shape {x.shape[1:2]}, found {d.shape}.")
-    if not (np.isfinite(d).all() and (d >= 0).all() and (d > 0).any()):
-        raise InputError("diffusion: expected finite numbers >= 0 [nm^2/ps], some above 0.")
-    per_dof = np.broadcast_to(d[:, None] if d.ndim and x.ndim == 3 else d, x.shape[1:])
+    per_dof = diffusion_per_coordinate(diffusion, x)
     dt = check_positive("step_size", to_md(step_size, unit.picosecond, name="step_size"))
     n_nodes = check_positive("n_nodes", n_nodes, integer=True)
     n_draws = check_positive("n_draws", n_draws, integer=True)

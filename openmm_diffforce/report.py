@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .constants import EXCHANGE_FILE
 from .errors import InputError
 from .estimate import MIN_OVERLAP
+from .page import page_environment
 from .record import atomic_path, plain, read_json
 from .units import KJ_PER_KCAL, thermal_energy
 
@@ -654,8 +655,6 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
     InputError
         If the record or a figure is malformed.
     """
-    import jinja2
-
     content = check_record(record)
     kT = thermal_energy(content.system.temperature) if content.system else None
     routes = _routes(content, kT)
@@ -678,36 +677,33 @@ def render_report(record: Mapping[str, Any], figures: Mapping[str, Any] | None =
     # What the page draws itself from the numbers of the record is not shown twice.
     drawn = {"delta_f"} if forest else set()
     drawn |= {"overlap_learned", "overlap_classical"} if overlaps else set()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("openmm_diffforce", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    filters = {
         "number": _number, "r2": _r2, "duration": _duration,
         "pm": lambda v: "n/a" if v is None else with_error(v.value, v.error),
         "pair": lambda pair: with_error(*pair),
         "relation": lambda text: text.replace("<=", "≤").replace(">=", "≥"),
     }  # fmt: skip
-    return environment.get_template("report.html.j2").render(
-        record=content,
-        title=content.title or f"openmm_diffforce: {content.what}",
-        verdict=content.overall(),
-        headline=headline,
-        routes=routes,
-        differences=_differences(content, kT),
-        forest=forest,
-        overlaps=overlaps,
-        exchanges=_exchanges(content),
-        bridge_names=[n for n in CAPTIONS if n.startswith("bridge_")] if content.bridge else [],
-        bridge_rows=[
-            row | {"text": _units(row["value"], row["error"], kT)}
-            for row in (bridge_readouts(content.bridge) if content.bridge else [])
-        ],
-        figures=_figures(content, {k: v for k, v in (figures or {}).items() if k not in drawn}),
-        raw=_shortened(plain(record)),
+    return (
+        page_environment(filters)
+        .get_template("report.html.j2")
+        .render(
+            record=content,
+            title=content.title or f"openmm_diffforce: {content.what}",
+            verdict=content.overall(),
+            headline=headline,
+            routes=routes,
+            differences=_differences(content, kT),
+            forest=forest,
+            overlaps=overlaps,
+            exchanges=_exchanges(content),
+            bridge_names=[n for n in CAPTIONS if n.startswith("bridge_")] if content.bridge else [],
+            bridge_rows=[
+                row | {"text": _units(row["value"], row["error"], kT)}
+                for row in (bridge_readouts(content.bridge) if content.bridge else [])
+            ],
+            figures=_figures(content, {k: v for k, v in (figures or {}).items() if k not in drawn}),
+            raw=_shortened(plain(record)),
+        )
     )
 
 

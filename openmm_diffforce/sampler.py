@@ -32,7 +32,16 @@ from openmm import unit
 
 from .errors import ConvergenceError, InputError, PoorOverlapError
 from .schedule import NoiseSchedule
-from .scores import FloatArray, Score, ScoreSpace, TimeGrid, check_prior, prior_draws, score_space
+from .scores import (
+    FloatArray,
+    Score,
+    ScoreSpace,
+    TimeGrid,
+    check_array,
+    check_prior,
+    prior_draws,
+    score_space,
+)
 from .units import to_md
 
 FINAL = ("denoise", "keep")
@@ -518,14 +527,9 @@ def reweight_samples(u_target: Any, action: Any, *, min_effective: float = 20.0)
 
 def _array(name: str, value: Any, shape: tuple[int, ...] | None = None) -> FloatArray:
     """A finite float64 array, of a shape if given, or InputError with the name."""
-    try:
-        out = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as err:
-        raise InputError(f"{name}: expected an array of numbers, found {err}.") from err
+    out = check_array(name, value)
     if shape is not None and out.shape != shape:
         raise InputError(f"{name}: expected shape {shape}, found {out.shape}.")
-    if not np.isfinite(out).all():
-        raise InputError(f"{name}: expected finite numbers, found others.")
     return out
 
 

@@ -561,6 +561,14 @@ def score_space(
     score: Any, shape: tuple[int, ...], *, mean_free: bool | None, divergence: str, n_probes: int,
     difference: Any, dtype: torch.dtype,
 ) -> ScoreSpace:  # fmt: skip
+    """The space of frames of one shape, for a score that was checked to be callable; options as in
+    :func:`~openmm_diffforce.energy.learned_energy`.
+
+    Raises
+    ------
+    InputError
+        For a score that is none, or options that do not fit the shape.
+    """
     if not callable(score):
         raise InputError(
             f"score: expected a callable (y, t) -> s, found {type(score).__name__}; score_of makes one of "

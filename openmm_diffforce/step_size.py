@@ -150,6 +150,23 @@ class StepAdvice:
             )
 
 
+def diffusion_per_coordinate(diffusion: Any, frames: FloatArray) -> FloatArray:
+    """D of every coordinate of a frame [nm^2/ps], from one number or one per atom (or coordinate).
+
+    Raises
+    ------
+    InputError, UnitsError
+        If the shape does not fit the frames, or no number is above zero.
+    """
+    d = np.asarray(to_md(diffusion, DIFFUSION_UNIT, name="diffusion"), dtype=np.float64)
+    shape = frames.shape[1:]
+    if d.ndim > 1 or (d.ndim == 1 and d.shape != shape[:1]):
+        raise InputError(f"diffusion: expected a number or shape {shape[:1]}, found {d.shape}.")
+    if not (np.isfinite(d).all() and (d >= 0).all() and (d > 0).any()):
+        raise InputError("diffusion: expected finite numbers >= 0 [nm^2/ps], some above 0.")
+    return np.broadcast_to(d[:, None] if d.ndim and len(shape) == 2 else d, shape)
+
+
 def curvature_spectrum(
     score: Callable[[FloatArray], Any],
     frames: Any,
@@ -210,12 +227,7 @@ def curvature_spectrum(
     if x.ndim not in (2, 3) or 0 in x.shape or not np.isfinite(x).all():
         raise InputError(f"frames: expected finite [n_frames, n_atoms, 3] or [n_frames, d], found {x.shape}.")
     difference = check_positive("difference", difference)
-    d = np.asarray(to_md(diffusion, DIFFUSION_UNIT, name="diffusion"), dtype=np.float64)
-    if d.ndim > 1 or (d.ndim == 1 and d.shape != x.shape[1:2]):
-        raise InputError(f"diffusion: expected a number or shape {x.shape[1:2]}, found {d.shape}.")
-    if not (np.isfinite(d).all() and (d >= 0).all() and (d > 0).any()):
-        raise InputError("diffusion: expected finite numbers >= 0 [nm^2/ps], some above 0.")
-    per_dof = np.broadcast_to(d[:, None] if d.ndim and x.ndim == 3 else d, x.shape[1:]).reshape(-1)
+    per_dof = diffusion_per_coordinate(diffusion, x).reshape(-1)
     moving = np.flatnonzero(per_dof > 0)
     root = np.sqrt(per_dof[moving])
     n = len(moving)

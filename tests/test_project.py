@@ -29,6 +29,7 @@ FLOORS: dict[str, float] = {
     "schedule": 1,
     "ops": 1,
     "record": 1,
+    "page": 1,
     "models.action": 2.0,
     "models.graph": 2.0,
     "models.examine": 2.1,

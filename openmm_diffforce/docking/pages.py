@@ -11,6 +11,7 @@ import numpy as np
 
 from ..analysis import figure_bytes, new_figure
 from ..errors import InputError
+from ..page import page_environment
 from ..record import atomic_path
 from .scoring import MEASURES, Summary
 
@@ -147,22 +148,21 @@ def write_docking_page(
     -------
     pathlib.Path
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("openmm_diffforce", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = _cell
     pictures = [
         (base64.b64encode(figure_bytes(f, file_format="png", dpi=130)).decode("ascii"), caption)
         for f, caption in figures
     ]
-    text = environment.get_template("docking.html.j2").render(
-        title=title, lead=lead, facts=dict(facts), tables=list(tables), pictures=pictures, notes=list(notes)
+    text = (
+        page_environment({"cell": _cell})
+        .get_template("docking.html.j2")
+        .render(
+            title=title,
+            lead=lead,
+            facts=dict(facts),
+            tables=list(tables),
+            pictures=pictures,
+            notes=list(notes),
+        )
     )
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
