@@ -350,7 +350,7 @@ def test_other_files_and_versions_are_refused(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as m:
         m.setattr("openmm_diffforce.docking.model_file.FORMAT_VERSION", 99)
         save_docking_model(model(), path)
-    with pytest.raises(ModelError, match="expected format version 1, found 99"):
+    with pytest.raises(ModelError, match="expected format version 2, found 99"):
         load_docking_model(path)
     broken = replace(model(), lengths=np.full(20, np.nan))
     with pytest.raises(ModelError, match="expected finite numbers, found others in lengths"):
@@ -383,6 +383,27 @@ def test_side_chain_lengths_are_measured() -> None:
     assert lengths[RESIDUES.index("GLY")] == 0
     assert lengths[RESIDUES.index("ALA")] == pytest.approx(0.153, abs=2e-3)
     assert CHARGES.sum() == 0
+
+
+def test_side_chain_centres_are_means_of_atoms() -> None:
+    p, lengths = tiny_complex(0).receptor, np.full(20, 0.2)
+    found = site_points(p, "sc", lengths)
+    side = np.array([n not in ("N", "CA", "C", "O", "OXT") for n in p.atom_names])
+    checked = 0
+    for k in range(p.n_residues):
+        own = p.atoms[side & (p.atom_residues == k)]
+        if len(own):
+            assert found[k] == pytest.approx(own.mean(axis=0))
+            checked += 1
+    assert checked > 5
+    # Without side-chain atoms: along the ray, at the given length.
+    bare = replace(
+        p, atoms=p.atoms[~side], atom_residues=p.atom_residues[~side],
+        atom_names=tuple(n for n, s in zip(p.atom_names, side, strict=True) if not s),
+    )  # fmt: skip
+    ray = site_points(bare, "sc", lengths) - p.ca
+    assert np.linalg.norm(ray, axis=1) == pytest.approx(0.2)
+    assert np.cross(ray, p.sites[:, CB] - p.ca) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_statistics_against_scipy() -> None:

@@ -61,7 +61,7 @@ class DockingFit:
         Sets of decoys of every complex, and decoys of a set.
     """
 
-    sigmas: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+    sigmas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
     radius: float = 1.5
     n_noised: int = 200
     ridge: float = 0.003

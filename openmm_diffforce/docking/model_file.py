@@ -25,7 +25,7 @@ from .rigid import RigidSchedule
 KIND = "diffforce-docking"
 """What ``metadata["kind"]`` says."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the file format; other versions are refused."""
 
 _DIGEST = 64

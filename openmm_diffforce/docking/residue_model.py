@@ -2,9 +2,10 @@ r"""A docking energy between residues: pair splines, conservative, linear in the
 
 .. math:: S(\mathrm{pose}, t) = \sum_{i \in R} \sum_{j \in L} \sum_s u^s_{a_i a_j}(d^s_{ij};\, \sigma_t)
 
-over three distances s of a pair: C-beta to C-beta, C-alpha to C-alpha, and between side-chain centres (on the
-ray from C-alpha through C-beta, at the mean distance of the residue type). Every u is a cubic B-spline that
-ends smoothly at its cutoff, and its coefficients are tied:
+over three distances s of a pair: C-beta to C-beta, C-alpha to C-alpha, and between side-chain centres (means
+of the side chain's heavy atoms; where they are missing, a point on the ray from C-alpha through C-beta at the
+mean distance of the residue type). Every u is a cubic B-spline that ends smoothly at its cutoff, and its
+coefficients are tied:
 
 ============ ========================================== ===========================================
 term         u_ab(d)                                    what it can say
@@ -151,6 +152,15 @@ SITES: dict[str, Spline] = {t.site: t.spline for t in TERMS if t.tie == "all"}
 """The finest spline of every site, in which tables are written."""
 
 
+def _side_chains(partner: Partner) -> tuple[FloatArray, Any]:
+    """Mean of every side chain's heavy atoms [nm], and which residues have any."""
+    side = np.array([name not in BACKBONE for name in partner.atom_names])
+    owner = partner.atom_residues[side]
+    n = np.bincount(owner, minlength=partner.n_residues)
+    total = [np.bincount(owner, partner.atoms[side, k], minlength=partner.n_residues) for k in range(3)]
+    return np.stack(total, axis=1) / np.maximum(n, 1)[:, None], n > 0
+
+
 def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
     """Mean distance of the side chain's centre along C-alpha to C-beta, per residue type [nm], shape (20,).
 
@@ -158,16 +168,10 @@ def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
     """
     total, count = np.zeros(N_TYPES), np.zeros(N_TYPES)
     for p in partners:
-        side = np.array([name not in BACKBONE for name in p.atom_names])
-        owner = p.atom_residues[side]
-        n = np.bincount(owner, minlength=p.n_residues)
-        centre = np.stack(
-            [np.bincount(owner, p.atoms[side, k], minlength=p.n_residues) for k in range(3)], axis=1
-        )
-        has = (n > 0) & (np.linalg.norm(p.sites[:, 3] - p.ca, axis=1) > 0)
-        centre = centre[has] / n[has, None] - p.ca[has]
-        ray = p.sites[has, 3] - p.ca[has]
-        along = (centre * ray).sum(axis=1) / np.linalg.norm(ray, axis=1)
+        centre, has = _side_chains(p)
+        ray = p.sites[:, 3] - p.ca
+        has = has & (np.linalg.norm(ray, axis=1) > 0)
+        along = ((centre - p.ca) * ray)[has].sum(axis=1) / np.linalg.norm(ray[has], axis=1)
         total += np.bincount(p.types[has], along, minlength=N_TYPES)
         count += np.bincount(p.types[has], minlength=N_TYPES)
     glycine = RESIDUES.index("GLY")
@@ -179,14 +183,19 @@ def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
 
 
 def site_points(partner: Partner, site: str, lengths: FloatArray) -> FloatArray:
-    """C-beta, C-alpha or side-chain centre of every residue [nm]."""
+    """C-beta, C-alpha or side-chain centre of every residue [nm].
+
+    A side chain without atoms is put at ``lengths`` (by residue type, [nm]) along C-alpha to C-beta.
+    """
     if site == "ca":
         return partner.ca
     if site == "cb":
         return partner.sites[:, 3]
     ray = partner.sites[:, 3] - partner.ca
     ray = ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9)
-    return partner.ca + lengths[partner.types][:, None] * ray
+    guess = partner.ca + lengths[partner.types][:, None] * ray
+    centre, has = _side_chains(partner)
+    return np.where(has[:, None], centre, guess)
 
 
 @dataclass(frozen=True)
@@ -332,7 +341,7 @@ class ResidueModel:
     tables : dict
         Site -> B-spline coefficients [kT], shape (n_levels, 20, 20, n).
     lengths : numpy.ndarray, shape (20,)
-        Distance of side-chain centres [nm].
+        Distance of side-chain centres [nm] where a structure has no side-chain atoms.
     schedule : RigidSchedule
         Its lowest level is the first of ``sigmas``: p_0 is the density blurred by that much.
     metadata : dict

@@ -54,7 +54,7 @@ class ScoredDecoys:
     scores: dict[str, FloatArray]
 
 
-HEAD_SIGMAS = (0.1, 0.2, 0.4)
+HEAD_SIGMAS = (0.05, 0.1, 0.2, 0.4)
 """Noise levels [nm] whose energies are averaged in the energy head: low ones know the details of the
 interface, high ones the way to it. Chosen by cross-validation on training complexes."""
 
