@@ -385,25 +385,23 @@ def test_side_chain_lengths_are_measured() -> None:
     assert CHARGES.sum() == 0
 
 
-def test_side_chain_centres_are_means_of_atoms() -> None:
-    p, lengths = tiny_complex(0).receptor, np.full(20, 0.2)
+def test_side_chain_centres_are_means_of_whole_side_chains() -> None:
+    p, lengths = tiny_complex(0).receptor, np.full(20, 0.2)  # atoms up to C-beta
     found = site_points(p, "sc", lengths)
-    side = np.array([n not in ("N", "CA", "C", "O", "OXT") for n in p.atom_names])
-    checked = 0
-    for k in range(p.n_residues):
-        own = p.atoms[side & (p.atom_residues == k)]
-        if len(own):
-            assert found[k] == pytest.approx(own.mean(axis=0))
-            checked += 1
-    assert checked > 5
-    # Without side-chain atoms: along the ray, at the given length.
-    bare = replace(
-        p, atoms=p.atoms[~side], atom_residues=p.atom_residues[~side],
-        atom_names=tuple(n for n, s in zip(p.atom_names, side, strict=True) if not s),
+    alanine = np.array([RESIDUES[t] == "ALA" for t in p.types])
+    assert found[alanine] == pytest.approx(p.sites[alanine, CB])
+    # A leucine without its other atoms: along the ray, at the given length.
+    leucine = int(np.flatnonzero([RESIDUES[t] == "LEU" for t in p.types])[0])
+    ray = found[leucine] - p.ca[leucine]
+    assert np.linalg.norm(ray) == pytest.approx(0.2)
+    assert np.cross(ray, p.sites[leucine, CB] - p.ca[leucine]) == pytest.approx(0.0, abs=1e-9)
+    extra = p.sites[leucine, CB] + np.array([[0.1, 0.0, 0.1], [0.2, 0.1, 0.0], [0.0, 0.2, 0.1]])
+    whole = replace(
+        p, atoms=np.concatenate([p.atoms, extra]), atom_names=(*p.atom_names, "CG", "CD1", "CD2"),
+        atom_residues=np.append(p.atom_residues, [leucine] * 3),
     )  # fmt: skip
-    ray = site_points(bare, "sc", lengths) - p.ca
-    assert np.linalg.norm(ray, axis=1) == pytest.approx(0.2)
-    assert np.cross(ray, p.sites[:, CB] - p.ca) == pytest.approx(0.0, abs=1e-9)
+    want = np.vstack([p.sites[leucine, CB], extra]).mean(axis=0)
+    assert site_points(whole, "sc", lengths)[leucine] == pytest.approx(want)
 
 
 def test_statistics_against_scipy() -> None:

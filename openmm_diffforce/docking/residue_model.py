@@ -3,7 +3,7 @@ r"""A docking energy between residues: pair splines, conservative, linear in the
 .. math:: S(\mathrm{pose}, t) = \sum_{i \in R} \sum_{j \in L} \sum_s u^s_{a_i a_j}(d^s_{ij};\, \sigma_t)
 
 over three distances s of a pair: C-beta to C-beta, C-alpha to C-alpha, and between side-chain centres (means
-of the side chain's heavy atoms; where they are missing, a point on the ray from C-alpha through C-beta at the
+of the side chain's heavy atoms; where some are missing, a point on the ray from C-alpha through C-beta at the
 mean distance of the residue type). Every u is a cubic B-spline that ends smoothly at its cutoff, and its
 coefficients are tied:
 
@@ -56,6 +56,9 @@ PAIR_CLASSES = _pair_classes()
 """Index of the pair of classes of two residue types, shape (20, 20)."""
 
 BACKBONE = frozenset({"N", "CA", "C", "O", "OXT"})
+
+SIDE_CHAIN_ATOMS = np.array([1, 7, 4, 4, 2, 5, 5, 0, 6, 4, 4, 5, 4, 7, 3, 2, 3, 10, 8, 3])
+"""Heavy atoms of a whole side chain, by residue type."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +156,13 @@ SITES: dict[str, Spline] = {t.site: t.spline for t in TERMS if t.tie == "all"}
 
 
 def _side_chains(partner: Partner) -> tuple[FloatArray, Any]:
-    """Mean of every side chain's heavy atoms [nm], and which residues have any."""
+    """Mean of every side chain's heavy atoms [nm], and which side chains are whole."""
     side = np.array([name not in BACKBONE for name in partner.atom_names])
     owner = partner.atom_residues[side]
     n = np.bincount(owner, minlength=partner.n_residues)
     total = [np.bincount(owner, partner.atoms[side, k], minlength=partner.n_residues) for k in range(3)]
-    return np.stack(total, axis=1) / np.maximum(n, 1)[:, None], n > 0
+    whole = (n > 0) & (n >= SIDE_CHAIN_ATOMS[partner.types])
+    return np.stack(total, axis=1) / np.maximum(n, 1)[:, None], whole
 
 
 def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
@@ -168,9 +172,9 @@ def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
     """
     total, count = np.zeros(N_TYPES), np.zeros(N_TYPES)
     for p in partners:
-        centre, has = _side_chains(p)
+        centre, whole = _side_chains(p)
         ray = p.sites[:, 3] - p.ca
-        has = has & (np.linalg.norm(ray, axis=1) > 0)
+        has = whole & (np.linalg.norm(ray, axis=1) > 0)
         along = ((centre - p.ca) * ray)[has].sum(axis=1) / np.linalg.norm(ray[has], axis=1)
         total += np.bincount(p.types[has], along, minlength=N_TYPES)
         count += np.bincount(p.types[has], minlength=N_TYPES)
@@ -185,7 +189,7 @@ def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
 def site_points(partner: Partner, site: str, lengths: FloatArray) -> FloatArray:
     """C-beta, C-alpha or side-chain centre of every residue [nm].
 
-    A side chain without atoms is put at ``lengths`` (by residue type, [nm]) along C-alpha to C-beta.
+    A side chain with atoms missing is put at ``lengths`` (by residue type, [nm]) along C-alpha to C-beta.
     """
     if site == "ca":
         return partner.ca
@@ -194,8 +198,8 @@ def site_points(partner: Partner, site: str, lengths: FloatArray) -> FloatArray:
     ray = partner.sites[:, 3] - partner.ca
     ray = ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9)
     guess = partner.ca + lengths[partner.types][:, None] * ray
-    centre, has = _side_chains(partner)
-    return np.where(has[:, None], centre, guess)
+    centre, whole = _side_chains(partner)
+    return np.where(whole[:, None], centre, guess)
 
 
 @dataclass(frozen=True)
@@ -341,7 +345,7 @@ class ResidueModel:
     tables : dict
         Site -> B-spline coefficients [kT], shape (n_levels, 20, 20, n).
     lengths : numpy.ndarray, shape (20,)
-        Distance of side-chain centres [nm] where a structure has no side-chain atoms.
+        Distance of side-chain centres [nm] where a structure lacks atoms of a side chain.
     schedule : RigidSchedule
         Its lowest level is the first of ``sigmas``: p_0 is the density blurred by that much.
     metadata : dict
