@@ -1128,9 +1128,8 @@ def dock_fit(
         for name in ("noise [nm]", "score R^2", "AUC", "rank correlation", "best decoy near-native"):
             table.add_column(name, justify="right")
         for h in run.held_out:
-            table.add_row(
-                *(f"{v:.2f}" for v in (h.sigma, h.score_r2, h.auc, h.spearman, h.top))
-            )  # fmt: skip
+            levels = f"{h.sigmas[0]:g}" + (f" to {h.sigmas[-1]:g}, mean" if len(h.sigmas) > 1 else "")
+            table.add_row(levels, *(f"{v:.2f}" for v in (h.score_r2, h.auc, h.spearman, h.top)))
         _console().print(table)
     typer.echo(f"{run.path}: fitted to {len(run.names)} complexes")
 

@@ -272,7 +272,8 @@ def test_what_was_learned_holds_on_another_complex() -> None:
     assert area_under_curve(energy, d.near) > 0.9
     assert rank_correlation(energy, d.rmsd) > 0.4
     held_out = cross_validate(data(), SETTINGS)
-    assert [h.sigma for h in held_out] == [0.1, 0.4]
+    assert [h.sigmas for h in held_out] == [(0.1,), (0.4,), (0.1, 0.4)]
+    assert held_out[2].score_r2 == pytest.approx((held_out[0].score_r2 + held_out[1].score_r2) / 2)
     assert held_out[0].score_r2 > 0.1
     assert held_out[0].auc > 0.9
 
@@ -289,6 +290,7 @@ def test_cross_validation_leaves_clusters_out_together() -> None:
         cross_validate(data(), SETTINGS, [7, 0, 7, 1])
     finally:
         learning.solve_level = original
+    assert len(used) == 6
     assert set(used) == {(0, 2, 3), (0, 1, 2), (1, 3)}
     with pytest.raises(InputError, match="clusters: expected a number for each of 4"):
         cross_validate(data(), SETTINGS, [1, 1, 1, 1])

@@ -25,6 +25,7 @@ from .complex import Complex, FloatArray
 from .decoys import Decoys, make_decoys
 from .potentials import statistical_contacts
 from .residue_model import (
+    HEAD_SIGMAS,
     N_COEFS,
     TERMS,
     ResidueModel,
@@ -322,20 +323,20 @@ def fit_docking_model(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What :func:`cross_validate` found at one noise level, means over the complexes left out.
+    """How an energy ranks the decoys of complexes left out, means over them.
 
     Attributes
     ----------
-    sigma : float
-        [nm]
+    sigmas : tuple of float
+        Noise levels whose energies are averaged [nm].
     auc, spearman, top : float
         Area under the curve, rank correlation of energy and ligand RMSD, share of decoy sets whose best
         decoy is near-native.
     score_r2 : float
-        Share of the noise's score that is explained.
+        Share of the noise's score that is explained, mean over the levels.
     """
 
-    sigma: float
+    sigmas: tuple[float, ...]
     auc: float
     spearman: float
     top: float
@@ -358,7 +359,8 @@ def cross_validate(
     Returns
     -------
     tuple of HeldOut
-        One for each noise level.
+        One for each noise level, and where there are several of :data:`~.residue_model.HEAD_SIGMAS`,
+        last, one for their mean: the energy head.
 
     Notes
     -----
@@ -370,17 +372,27 @@ def cross_validate(
             f"clusters: expected a number for each of {len(data.names)} complexes and at least two different "
             f"ones, found shape {group.shape}."
         )
-    out = []
-    for m, sigma in enumerate(settings.sigmas):
-        rows = []
-        for g in np.unique(group):
-            coefs = solve_level(data, settings, m, [int(k) for k in np.flatnonzero(group != g)])
-            for k in np.flatnonzero(group == g):
-                energy = (data.features[k] @ coefs).reshape(len(data.decoys[k]), -1)
-                r2 = score_r_squared(data, coefs, m, [int(k)])
-                for e, d in zip(energy, data.decoys[k], strict=True):
-                    rows.append(
-                        (area_under_curve(e, d.near), rank_correlation(e, d.rmsd), d.near[e.argmin()], r2)
-                    )
-        out.append(HeldOut(sigma, *(float(v) for v in np.mean(rows, axis=0))))
-    return tuple(out)
+    n_levels = len(settings.sigmas)
+    averaged: list[tuple[int, ...]] = [(m,) for m in range(n_levels)]
+    head = tuple(m for m, sigma in enumerate(settings.sigmas) if sigma in HEAD_SIGMAS)
+    if len(head) > 1:
+        averaged.append(head)
+    rows: list[list[tuple[float, ...]]] = [[] for _ in averaged]
+    for g in np.unique(group):
+        use = [int(k) for k in np.flatnonzero(group != g)]
+        coefs = [solve_level(data, settings, m, use) for m in range(n_levels)]
+        for k in np.flatnonzero(group == g):
+            energy = np.stack([data.features[k] @ c for c in coefs]).reshape(
+                n_levels, len(data.decoys[k]), -1
+            )
+            r2 = np.array([score_r_squared(data, c, m, [int(k)]) for m, c in enumerate(coefs)])
+            for row, levels in zip(rows, averaged, strict=True):
+                for e, d in zip(energy[list(levels)].mean(axis=0), data.decoys[k], strict=True):
+                    row.append((
+                        area_under_curve(e, d.near), rank_correlation(e, d.rmsd),
+                        float(d.near[e.argmin()]), float(r2[list(levels)].mean()),
+                    ))  # fmt: skip
+    return tuple(
+        HeldOut(tuple(settings.sigmas[m] for m in levels), *(float(v) for v in np.mean(row, axis=0)))
+        for row, levels in zip(rows, averaged, strict=True)
+    )

@@ -55,6 +55,10 @@ def _pair_classes() -> IntArray:
 PAIR_CLASSES = _pair_classes()
 """Index of the pair of classes of two residue types, shape (20, 20)."""
 
+HEAD_SIGMAS = (0.05, 0.1, 0.2, 0.4)
+"""Noise levels [nm] whose energies are averaged in the energy head: low ones know the details of the
+interface, high ones the way to it. Chosen by cross-validation on training complexes."""
+
 BACKBONE = frozenset({"N", "CA", "C", "O", "OXT"})
 
 SIDE_CHAIN_ATOMS = np.array([1, 7, 4, 4, 2, 5, 5, 0, 6, 4, 4, 5, 4, 7, 3, 2, 3, 10, 8, 3])

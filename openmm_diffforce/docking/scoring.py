@@ -15,7 +15,7 @@ from ..errors import InputError, ModelError
 from .complex import Complex, FloatArray
 from .decoys import Decoys, reposed
 from .metrics import pose_metrics
-from .residue_model import ResidueModel
+from .residue_model import HEAD_SIGMAS, ResidueModel
 from .rigid import Poses
 from .rigid_energy import pose_flow_energy, pose_path_energy
 from .statistics import (
@@ -52,11 +52,6 @@ class ScoredDecoys:
     decoys: Decoys
     dockq: FloatArray
     scores: dict[str, FloatArray]
-
-
-HEAD_SIGMAS = (0.05, 0.1, 0.2, 0.4)
-"""Noise levels [nm] whose energies are averaged in the energy head: low ones know the details of the
-interface, high ones the way to it. Chosen by cross-validation on training complexes."""
 
 
 def energy_head(model: ResidueModel, sigmas: Sequence[float] = HEAD_SIGMAS) -> Score:
