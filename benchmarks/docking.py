@@ -295,8 +295,8 @@ def fit_table(part: dict[str, Any]) -> list[str]:
         f"Preparation {part['prepare_seconds']:.0f} s of processor time, fits "
         + ", ".join(f"{part[n]['seconds']:.1f} s ({n})" for n in SETTINGS_TRIED)
         + ". Leave-one-out over training complexes (antibodies together): share of the noise's score that is",
-        "explained on the complex left out, and how its decoys are ranked by the energy of one level, or by the",
-        "mean over levels (the energy head).", "",
+        "explained on the complex left out, and how its decoys are ranked by the energy of one level, or by",
+        "the mean over levels (the energy head).", "",
         "| fit | sigma [nm] | score R^2 | AUC | rank correlation | best decoy near-native |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
