@@ -37,13 +37,13 @@ from openmm_diffforce.docking.pages import (
     write_docking_page,
 )
 from openmm_diffforce.docking.physics_score import PhysicsScore, physics_scores
+from openmm_diffforce.docking.poses import Poses
 from openmm_diffforce.docking.potentials import (
     contact_count_score,
     contact_energy_score,
     miyazawa_jernigan,
 )
 from openmm_diffforce.docking.residue_model import BACKBONE, HEAD_SIGMAS
-from openmm_diffforce.docking.rigid import Poses
 from openmm_diffforce.docking.scoring import (
     MEASURES,
     Score,

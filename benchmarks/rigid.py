@@ -21,8 +21,10 @@ from scipy.stats import kstest
 from openmm_diffforce.docking import so3
 from openmm_diffforce.docking.adapter import DFMDOCK_SCHEDULE
 from openmm_diffforce.docking.mixture import PoseMixture
-from openmm_diffforce.docking.rigid import PosePrior, Poses, RigidSchedule, sample_poses
+from openmm_diffforce.docking.poses import Poses
+from openmm_diffforce.docking.rigid import PosePrior, RigidSchedule
 from openmm_diffforce.docking.rigid_energy import PoseEnergyResult, pose_flow_energy, pose_path_energy
+from openmm_diffforce.docking.rigid_sampler import sample_poses
 
 SEEDS = (0, 1, 2, 3, 4)
 SCHEDULES = {"power": RigidSchedule(), "DFMDock": DFMDOCK_SCHEDULE}

@@ -16,7 +16,7 @@ from openmm_diffforce.docking.decoys import make_decoys
 from openmm_diffforce.docking.dock_run import run_docking, structure_files
 from openmm_diffforce.docking.learning import DockingFit, fit_docking_model
 from openmm_diffforce.docking.model_file import save_docking_model
-from openmm_diffforce.docking.rigid import Poses
+from openmm_diffforce.docking.poses import Poses
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("folder", type=Path, help="native complexes to learn from")

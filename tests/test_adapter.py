@@ -8,14 +8,10 @@ import torch
 
 from openmm_diffforce.docking import so3
 from openmm_diffforce.docking.adapter import DFMDOCK_SCHEDULE, ExternalDockingModel
-from openmm_diffforce.docking.rigid import (
-    PosePrior,
-    Poses,
-    evaluate_scores,
-    sample_poses,
-    scores_from_gradient,
-)
+from openmm_diffforce.docking.poses import Poses
+from openmm_diffforce.docking.rigid import PosePrior, evaluate_scores, scores_from_gradient
 from openmm_diffforce.docking.rigid_energy import pose_path_energy
+from openmm_diffforce.docking.rigid_sampler import sample_poses
 from openmm_diffforce.errors import InputError, ModelError
 
 WIDTH = 4.0

@@ -26,6 +26,7 @@ from openmm_diffforce.docking.model_file import (
     read_docking_file,
     save_docking_model,
 )
+from openmm_diffforce.docking.poses import Poses
 from openmm_diffforce.docking.potentials import (
     contact_count_score,
     contact_energy_score,
@@ -43,7 +44,7 @@ from openmm_diffforce.docking.residue_model import (
     site_points,
     tables_from_coefs,
 )
-from openmm_diffforce.docking.rigid import Poses, RigidSchedule, evaluate_scores, noise_poses
+from openmm_diffforce.docking.rigid import RigidSchedule, evaluate_scores, noise_poses
 from openmm_diffforce.docking.rigid_energy import score_divergence
 from openmm_diffforce.docking.scoring import (
     ScoredDecoys,

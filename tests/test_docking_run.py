@@ -24,7 +24,7 @@ from openmm_diffforce.docking.learning import DockingFit
 from openmm_diffforce.docking.metrics import ligand_rmsd
 from openmm_diffforce.docking.pages import funnel_figure, standardised, write_docking_page
 from openmm_diffforce.docking.physics_score import PhysicsScore, physics_scores
-from openmm_diffforce.docking.rigid import Poses
+from openmm_diffforce.docking.poses import Poses
 from openmm_diffforce.docking.so3 import exp
 from openmm_diffforce.errors import InputError, MissingDependencyError, ResumeError
 

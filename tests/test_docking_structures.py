@@ -26,7 +26,7 @@ from openmm_diffforce.docking.metrics import (
     quality,
     superposition,
 )
-from openmm_diffforce.docking.rigid import Poses
+from openmm_diffforce.docking.poses import Poses
 from openmm_diffforce.docking.so3 import exp
 from openmm_diffforce.errors import ConvergenceError, InputError
 

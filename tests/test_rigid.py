@@ -6,18 +6,16 @@ from scipy.stats import kstest
 
 from openmm_diffforce.docking import so3
 from openmm_diffforce.docking.mixture import PoseMixture
+from openmm_diffforce.docking.poses import Poses
 from openmm_diffforce.docking.rigid import (
     PosePrior,
-    Poses,
     RigidSchedule,
     evaluate_scores,
-    group_step,
     noise_between,
     noise_poses,
-    sample_poses,
     scores_from_gradient,
-    time_grid,
 )
+from openmm_diffforce.docking.rigid_sampler import group_step, sample_poses, time_grid
 from openmm_diffforce.errors import ConvergenceError, InputError, ModelError
 from openmm_diffforce.schedule import VESchedule
 

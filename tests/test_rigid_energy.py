@@ -7,7 +7,8 @@ import pytest
 
 from openmm_diffforce.docking import so3
 from openmm_diffforce.docking.mixture import PoseMixture
-from openmm_diffforce.docking.rigid import PosePrior, Poses, RigidSchedule
+from openmm_diffforce.docking.poses import Poses
+from openmm_diffforce.docking.rigid import PosePrior, RigidSchedule
 from openmm_diffforce.docking.rigid_energy import (
     PoseEnergyResult,
     pose_flow_energy,

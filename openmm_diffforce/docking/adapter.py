@@ -43,7 +43,8 @@ import numpy as np
 
 from ..errors import InputError, ModelError
 from . import so3
-from .rigid import Poses, RigidSchedule, Scores, _coordinates, _schedule, _some, _times_of, evaluate_scores
+from .poses import Poses, check_coordinates, some_poses
+from .rigid import RigidSchedule, Scores, check_schedule, evaluate_scores, times_of
 from .so3 import FloatArray
 
 DFMDOCK_SCHEDULE = RigidSchedule(
@@ -162,7 +163,7 @@ class ExternalDockingModel:
 
     def __post_init__(self) -> None:
         for name in ("receptor", "ligand"):
-            x = _coordinates(name, getattr(self, name), 3)
+            x = check_coordinates(name, getattr(self, name), 3)
             if x.shape[1] != 3:
                 raise InputError(f"{name}: expected N, CA, C of every residue (n, 3, 3), found {x.shape}.")
             bond = float(np.median(np.linalg.norm(x[:, CA] - x[:, 0], axis=-1)))
@@ -174,7 +175,7 @@ class ExternalDockingModel:
         if self.centre is None:
             object.__setattr__(self, "centre", self.ligand[:, CA].mean(axis=0))
         else:
-            object.__setattr__(self, "centre", _coordinates("centre", self.centre, 1))
+            object.__setattr__(self, "centre", check_coordinates("centre", self.centre, 1))
         for name, known in (
             ("length_unit", tuple(NANOMETERS)),
             ("rotation_frame", ("space", "body")),
@@ -182,7 +183,7 @@ class ExternalDockingModel:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: expected one of {known}, found {getattr(self, name)!r}.")
-        _schedule(self.schedule)
+        check_schedule(self.schedule)
         if not (isinstance(self.energy_scale, int | float) and math.isfinite(self.energy_scale)):
             raise InputError(f"energy_scale: expected a finite number, found {self.energy_scale!r}.")
         if not callable(self.function):
@@ -197,8 +198,8 @@ class ExternalDockingModel:
             If the function fails, leaves something out, or returns other sizes or numbers that are not
             finite.
         """
-        n = len(_some(poses))
-        times = _times_of(t, n)
+        n = len(some_poses(poses))
+        times = times_of(t, n)
         unit = NANOMETERS[self.length_unit]
         centre = np.asarray(self.centre)
         x = poses.apply(self.ligand.reshape(-1, 3), centre).reshape(n, *self.ligand.shape)
@@ -235,7 +236,7 @@ class ExternalDockingModel:
     def moved(self, rotation: Any, translation: Any) -> "ExternalDockingModel":
         """The same model with the receptor moved, x -> Q x + b; the poses: :meth:`Poses.moved`."""
         q = so3.check_rotations(rotation)
-        return replace(self, receptor=self.receptor @ q.T + _coordinates("translation", translation, 1))
+        return replace(self, receptor=self.receptor @ q.T + check_coordinates("translation", translation, 1))
 
     def examine(
         self,
@@ -347,7 +348,7 @@ def _examine(
     t: float,
     steps: tuple[float, float],
 ) -> DockingExamination:
-    n = len(_some(poses))
+    n = len(some_poses(poses))
     so3._generator(generator)
     if not all(isinstance(h, int | float) and 0 < h < 1 for h in steps):
         raise InputError(f"steps: expected displacements in (0, 1) nm and rad, found {steps!r}.")

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from .complex import FloatArray, IntArray, Partner
-from .rigid import Poses
+from .poses import Poses
 
 CA, CB = 1, 3
 """Columns of ``Partner.sites``."""

@@ -15,7 +15,7 @@ from ..errors import ConvergenceError, InputError
 from .complex import Complex, FloatArray
 from .contacts import CB, clash_counts, clash_tree, count_pairs, placed
 from .metrics import ligand_rmsd
-from .rigid import Poses
+from .poses import Poses
 from .so3 import exp, random_rotations
 
 CLASH_DISTANCE = 0.4

@@ -18,9 +18,9 @@ from .metrics import pose_metrics, quality, superposition
 from .model_file import load_docking_model, save_docking_model
 from .pages import LABELS, funnel_figure, write_docking_page
 from .physics_score import PhysicsScore, physics_scores
+from .poses import Poses
 from .potentials import contact_count_score
 from .residue_model import ResidueModel
-from .rigid import Poses
 from .scoring import MEASURES, Score, energy_head, measures_of, score_poses
 
 Progress = Callable[[str, int, int], None]

@@ -23,6 +23,7 @@ from ..errors import ConvergenceError, InputError
 from . import so3
 from .complex import Complex, FloatArray
 from .decoys import Decoys, make_decoys
+from .poses import Poses
 from .potentials import statistical_contacts
 from .residue_model import (
     HEAD_SIGMAS,
@@ -34,7 +35,7 @@ from .residue_model import (
     site_points,
     tables_from_coefs,
 )
-from .rigid import Poses, RigidSchedule, noise_poses
+from .rigid import RigidSchedule, noise_poses
 from .statistics import area_under_curve, rank_correlation
 
 Progress = Callable[[str, int, int], None]

@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import InputError
 from .complex import Complex, FloatArray, IntArray
 from .contacts import near_pairs, placed
-from .rigid import Poses
+from .poses import Poses
 
 BACKBONE = ("N", "CA", "C", "O")
 """Atoms of interface and ligand RMSD in DockQ."""

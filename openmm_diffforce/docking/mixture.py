@@ -11,7 +11,8 @@ from scipy.special import logsumexp
 
 from ..errors import InputError
 from . import so3
-from .rigid import Poses, RigidSchedule, Scores, _schedule, _some, _times_of
+from .poses import Poses, some_poses
+from .rigid import RigidSchedule, Scores, check_schedule, times_of
 from .so3 import FloatArray
 
 
@@ -64,8 +65,8 @@ class PoseMixture:
     schedule: RigidSchedule
 
     def __post_init__(self) -> None:
-        n = len(_some(self.centres, "centres"))
-        _schedule(self.schedule)
+        n = len(some_poses(self.centres, "centres"))
+        check_schedule(self.schedule)
         for name in ("weights", "spread_tr", "spread_rot"):
             value = so3._real(f"PoseMixture.{name}", getattr(self, name), ())
             if value.shape not in ((), (n,)) or (name == "weights" and value.shape != (n,)):
@@ -81,7 +82,7 @@ class PoseMixture:
 
     def _components(self, poses: Poses, t: Any) -> tuple[FloatArray, FloatArray, FloatArray]:
         """ln w_k p_k [n, k], and its gradients [n, k, 3]."""
-        t = _times_of(t, len(_some(poses)))[:, None]
+        t = times_of(t, len(some_poses(poses)))[:, None]
         variance = self.spread_tr**2 + self.schedule.sigma_tr(t) ** 2
         sigma = np.sqrt(self.spread_rot**2 + self.schedule.sigma_rot(t) ** 2)
         away = poses.translation[:, None] - self.centres.translation

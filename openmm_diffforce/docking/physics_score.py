@@ -24,7 +24,7 @@ from ..errors import InputError, MissingDependencyError, ResumeError
 from ..record import read_json, settings_hash, write_json
 from .complex import Complex, FloatArray, IntArray, Partner, pdb_text
 from .contacts import near_pairs, placed
-from .rigid import Poses
+from .poses import Poses
 
 SHELL = 1.0
 """Residues within this distance of the partner are kept [nm]."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from .complex import RESIDUES, Complex, FloatArray
 from .contacts import CB, count_pairs, near_pairs, placed
-from .rigid import Poses
+from .poses import Poses
 
 N_TYPES = len(RESIDUES)
 

@@ -31,7 +31,8 @@ import numpy as np
 from ..errors import InputError
 from .complex import RESIDUES, Complex, FloatArray, IntArray, Partner
 from .contacts import near_pairs, placed
-from .rigid import Poses, RigidSchedule
+from .poses import Poses
+from .rigid import RigidSchedule
 
 N_TYPES = len(RESIDUES)
 

@@ -1,11 +1,7 @@
-r"""Rigid-body diffusion of a ligand on R^3 x SO(3): poses, noise, reverse sampling.
+r"""Rigid-body diffusion of a ligand on R^3 x SO(3): schedules, noise, what a score model is.
 
-A pose (R, tau) moves the reference coordinates of a ligand with centre c,
-
-.. math:: x = R\,(x_{ref} - c) + c + \tau .
-
-Noise acts in the space frame, rotations about the ligand's own centre c + tau, so that both are
-independent Brownian motions (variance exploding):
+Noise acts on poses (R, tau) in the space frame, rotations about the ligand's own centre c + tau, so that
+both are independent Brownian motions (variance exploding):
 
 .. math:: R_t = e^{\hat\omega} R_0,\quad \omega \sim \mathrm{IGSO3}(\sigma_{rot}(t)); \qquad
           \tau_t = \tau_0 + \sigma_{tr}(t)\,\epsilon .
@@ -19,243 +15,19 @@ Lengths are in nm, angles in rad, arrays float64; nothing here needs OpenMM or t
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ..errors import ConvergenceError, InputError, ModelError
+from ..errors import InputError, ModelError
 from . import so3
+from .poses import Poses, check_coordinates, some_poses
 from .so3 import FloatArray
 
 Growth = Literal["power", "geometric", "logarithmic"]
 Scores = tuple[FloatArray, FloatArray, FloatArray | None]
-
-
-def _coordinates(name: str, value: Any, ndim: int) -> FloatArray:
-    x = so3._real(name, value, (3,))
-    if x.ndim != ndim or not all(x.shape):
-        want = ("(3)", "(n_atoms, 3)", "(n, n_atoms, 3)")[ndim - 1]
-        raise InputError(f"{name}: expected shape {want}, found {x.shape}.")
-    return x
-
-
-# --------------------------------------------------------------------------------------- poses
-
-
-@dataclass(frozen=True, eq=False)
-class Poses:
-    """Poses of one rigid ligand: x = R (x_ref - c) + c + tau.
-
-    Parameters
-    ----------
-    rotation : array_like, shape (n, 3, 3)
-        R.
-    translation : array_like, shape (n, 3)
-        tau [nm].
-
-    Raises
-    ------
-    InputError
-        If shapes do not fit, a number is not finite, or a matrix is no rotation.
-
-    Notes
-    -----
-    Reference coordinates and centre are not held here: the same poses move any atoms of the ligand.
-    n may be 0 (a selection that left none); what evaluates poses asks for at least one.
-
-    Examples
-    --------
-    >>> pose = Poses(so3.exp([[0.0, 0.0, np.pi]]), [[1.0, 0.0, 0.0]])
-    >>> pose.apply([[0.1, 0.0, 0.0], [-0.1, 0.0, 0.0]], [0.0, 0.0, 0.0]).round(12)[0, :, 0]
-    array([0.9, 1.1])
-    """
-
-    rotation: FloatArray
-    translation: FloatArray
-
-    def __post_init__(self) -> None:
-        rotation = so3.check_rotations(self.rotation, name="Poses.rotation")
-        translation = so3._real("Poses.translation", self.translation, (3,))
-        if rotation.ndim != 3 or translation.shape != (len(rotation), 3):
-            raise InputError(
-                f"Poses: expected rotation (n, 3, 3) and translation (n, 3), found {rotation.shape} and "
-                f"{translation.shape}."
-            )
-        object.__setattr__(self, "rotation", rotation)
-        object.__setattr__(self, "translation", translation)
-
-    def __len__(self) -> int:
-        return len(self.translation)
-
-    def __getitem__(self, index: Any) -> "Poses":
-        """A slice, a mask, an array of indices or one index; always Poses."""
-        if isinstance(index, int | np.integer) and not isinstance(index, bool):
-            index = [index]
-        return Poses(self.rotation[index], self.translation[index])
-
-    def __iter__(self) -> Iterator["Poses"]:
-        return (self[i] for i in range(len(self)))
-
-    @classmethod
-    def identity(cls, n: int = 1) -> "Poses":
-        """n times the reference itself."""
-        n = so3._count(n)
-        return cls(np.broadcast_to(np.eye(3), (n, 3, 3)).copy(), np.zeros((n, 3)))
-
-    @classmethod
-    def concatenate(cls, many: Any) -> "Poses":
-        """One after the other."""
-        many = list(many)
-        if not many:
-            raise InputError("Poses.concatenate: expected at least one Poses, found none.")
-        return cls(np.concatenate([p.rotation for p in many]), np.concatenate([p.translation for p in many]))
-
-    @classmethod
-    def from_coordinates(
-        cls, x_ref: Any, x: Any, *, centre: Any = None, tolerance: float | None = 1e-3
-    ) -> "Poses":
-        """Poses that superpose the reference on given coordinates (least squares; Kabsch).
-
-        Parameters
-        ----------
-        x_ref : array_like, shape (n_atoms, 3)
-            [nm], at least three atoms that are not on one line.
-        x : array_like, shape (n, n_atoms, 3)
-            The same atoms, moved [nm].
-        centre : array_like, shape (3,), optional
-            c [nm]; the mean of ``x_ref`` by default.
-        tolerance : float, optional
-            Largest root mean square deviation allowed [nm]; None allows any.
-
-        Returns
-        -------
-        Poses
-
-        Raises
-        ------
-        InputError
-            If shapes do not fit, atoms are on a line, or the deviation is larger than ``tolerance``.
-
-        References
-        ----------
-        W. Kabsch, A solution for the best rotation to relate two sets of vectors, 1976,
-        doi:10.1107/S0567739476001873.
-        """
-        ref = _coordinates("x_ref", x_ref, 2)
-        moved = _coordinates("x", x, 3)
-        if moved.shape[1:] != ref.shape or len(ref) < 3:
-            raise InputError(
-                f"Poses.from_coordinates: expected x of shape (n, n_atoms, 3) with the atoms of x_ref, at "
-                f"least three; found {moved.shape} and {ref.shape}."
-            )
-        c = ref.mean(axis=0) if centre is None else _coordinates("centre", centre, 1)
-        own = ref - ref.mean(axis=0)
-        spread = np.linalg.svd(own, compute_uv=False)
-        if spread[1] < 1e-6 * max(spread[0], 1e-12):
-            raise InputError(
-                "Poses.from_coordinates: expected atoms that span a plane, found them on a line."
-            )
-        mean = moved.mean(axis=1)
-        u, _, vt = np.linalg.svd(np.einsum("nai,aj->nij", moved - mean[:, None], own))
-        u[:, :, 2] *= np.sign(np.linalg.det(u @ vt))[:, None]
-        rotation = u @ vt
-        out = cls(rotation, mean - c - np.einsum("nij,j->ni", rotation, ref.mean(axis=0) - c))
-        if tolerance is not None:
-            worst = np.sqrt(((out.apply(ref, c) - moved) ** 2).sum(axis=-1).mean(axis=-1)).max()
-            if worst > tolerance:
-                raise InputError(
-                    f"Poses.from_coordinates: expected rigid copies of x_ref within {tolerance:g} nm, found "
-                    f"a deviation of {worst:.3g} nm; same atoms, same order? tolerance=None takes it anyway."
-                )
-        return out
-
-    def apply(self, x_ref: Any, centre: Any) -> FloatArray:
-        """Coordinates of the ligand in every pose.
-
-        Parameters
-        ----------
-        x_ref : array_like, shape (n_atoms, 3)
-            [nm].
-        centre : array_like, shape (3,)
-            c [nm].
-
-        Returns
-        -------
-        numpy.ndarray, shape (n, n_atoms, 3)
-            [nm].
-
-        Raises
-        ------
-        InputError
-            If a shape is wrong or a number is not finite.
-        """
-        ref, c = _coordinates("x_ref", x_ref, 2), _coordinates("centre", centre, 1)
-        return (ref - c) @ self.rotation.swapaxes(1, 2) + (c + self.translation)[:, None]
-
-    def compose(self, other: "Poses") -> "Poses":
-        """First ``other``, then this: both about the reference centre c; one of them may be single."""
-        turned = (self.rotation @ other.translation[..., None])[..., 0]
-        return Poses(self.rotation @ other.rotation, turned + self.translation)
-
-    def inverse(self) -> "Poses":
-        """The poses that take these back to the reference."""
-        back = self.rotation.swapaxes(1, 2)
-        return Poses(back, -(back @ self.translation[..., None])[..., 0])
-
-    def perturbed(self, rotation_vector: Any, shift: Any) -> "Poses":
-        """Rotated in the space frame about the ligand's own centre, and shifted.
-
-        R becomes exp(omega) R, tau becomes tau + shift: the step of noising, sampler and flow.
-
-        Parameters
-        ----------
-        rotation_vector : array_like, shape (n, 3) or (3,)
-            omega [rad].
-        shift : array_like, shape (n, 3) or (3,)
-            [nm].
-
-        Returns
-        -------
-        Poses
-        """
-        return Poses(so3.exp(rotation_vector) @ self.rotation, self.translation + shift)
-
-    def moved(self, rotation: Any, translation: Any, centre: Any) -> "Poses":
-        """What the poses become when the whole complex is moved, x -> Q x + b.
-
-        Parameters
-        ----------
-        rotation : array_like, shape (3, 3)
-            Q.
-        translation : array_like, shape (3,)
-            b [nm].
-        centre : array_like, shape (3,)
-            c [nm] of the reference, which stays where it is.
-
-        Returns
-        -------
-        Poses
-            Scores of an invariant density turn with Q.
-        """
-        q = so3.check_rotations(rotation)
-        b, c = _coordinates("translation", translation, 1), _coordinates("centre", centre, 1)
-        return Poses(q @ self.rotation, (c + self.translation) @ q.T + b - c)
-
-    def repeat(self, n: int) -> "Poses":
-        """Every pose n times in a row."""
-        n = so3._count(n)
-        return Poses(np.repeat(self.rotation, n, axis=0), np.repeat(self.translation, n, axis=0))
-
-
-def _some(poses: Any, name: str = "poses") -> Poses:
-    if not isinstance(poses, Poses):
-        raise InputError(f"{name}: expected Poses, found {type(poses).__name__}.")
-    if not len(poses):
-        raise InputError(f"{name}: expected at least one pose, found none.")
-    return poses
 
 
 # ------------------------------------------------------------------------------------ schedule
@@ -420,7 +192,8 @@ class RigidSchedule:
             ) from err
 
 
-def _schedule(schedule: Any) -> RigidSchedule:
+def check_schedule(schedule: Any) -> RigidSchedule:
+    """The same schedule, if it is one."""
     if not isinstance(schedule, RigidSchedule):
         raise InputError(f"schedule: expected a RigidSchedule, found {type(schedule).__name__}.")
     return schedule
@@ -433,7 +206,8 @@ def _times(t: Any) -> FloatArray:
     return t
 
 
-def _times_of(t: Any, n: int) -> FloatArray:
+def times_of(t: Any, n: int) -> FloatArray:
+    """Diffusion times of n poses, from one for all or one for each, shape (n,)."""
     t = _times(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != n):
         raise InputError(f"t: expected one time or one for each of {n} poses, found shape {t.shape}.")
@@ -483,8 +257,8 @@ def evaluate_scores(model: Callable[[Poses, FloatArray], Scores], poses: Poses, 
     >>> evaluate_scores(flat, Poses.identity(2), 0.5)[0].shape
     (2, 3)
     """
-    n = len(_some(poses))
-    t = _times_of(t, n)
+    n = len(some_poses(poses))
+    t = times_of(t, n)
     found = model(poses, t)
     if not isinstance(found, tuple) or len(found) != 3:
         raise ModelError(
@@ -545,7 +319,7 @@ def scores_from_gradient(gradient: Any, x: Any, centre: Any) -> tuple[FloatArray
     >>> scores_from_gradient([[[0.0, 2.0, 0.0]]], x, [[0.0, 0.0, 0.0]])[1][0, 2].tolist()
     -2.0
     """
-    g, at = _coordinates("gradient", gradient, 3), _coordinates("x", x, 3)
+    g, at = check_coordinates("gradient", gradient, 3), check_coordinates("x", x, 3)
     c = so3._real("centre", centre, (3,))
     if g.shape != at.shape or c.shape != (len(g), 3):
         raise InputError(
@@ -608,12 +382,12 @@ def noise_between(
     >>> len(noise_between(Poses.identity(3), 0.2, 0.5, schedule=RigidSchedule(), generator=generator))
     3
     """
-    n = len(_some(poses))
+    n = len(some_poses(poses))
     if not (0 <= t <= t_end <= 1):
         raise InputError(f"t, t_end: expected 0 <= t <= t_end <= 1, found {t!r}, {t_end!r}.")
     grow_tr, grow_rot = (
         math.sqrt(max(float(sigma(t_end)) ** 2 - float(sigma(t)) ** 2, 0.0))
-        for sigma in (_schedule(schedule).sigma_tr, schedule.sigma_rot)
+        for sigma in (check_schedule(schedule).sigma_tr, schedule.sigma_rot)
     )
     shift = grow_tr * so3._generator(generator).standard_normal((n, 3))
     return poses.perturbed(so3.sample_igso3(grow_rot, n, generator=generator), shift)
@@ -662,11 +436,11 @@ def noise_poses(
     >>> bool(np.allclose(found.tr_target, -found.shift / 0.5**2))
     True
     """
-    n = len(_some(poses))
-    t = _times_of(t, n)
+    n = len(some_poses(poses))
+    t = times_of(t, n)
     if (t <= 0).any():
         raise InputError("t: expected diffusion times above 0, found 0; without noise there is no score.")
-    sigma_tr, sigma_rot = _schedule(schedule).sigma_tr(t), schedule.sigma_rot(t)
+    sigma_tr, sigma_rot = check_schedule(schedule).sigma_tr(t), schedule.sigma_rot(t)
     shift = sigma_tr[:, None] * so3._generator(generator).standard_normal((n, 3))
     omega = so3.sample_igso3(sigma_rot, generator=generator)
     return NoisedPoses(
@@ -717,8 +491,8 @@ class PosePrior:
     sigma_rot: float | None = None
 
     def __post_init__(self) -> None:
-        mean = _coordinates("PosePrior.mean", self.mean, 1)
-        covariance = _coordinates("PosePrior.covariance", self.covariance, 2)
+        mean = check_coordinates("PosePrior.mean", self.mean, 1)
+        covariance = check_coordinates("PosePrior.covariance", self.covariance, 2)
         if covariance.shape != (3, 3) or not np.allclose(covariance, covariance.T):
             raise InputError("PosePrior.covariance: expected a symmetric matrix (3, 3).")
         if np.linalg.eigvalsh(covariance)[0] <= 0:
@@ -757,7 +531,7 @@ class PosePrior:
         InputError
             For fewer than 8 poses, or poses that are all the same.
         """
-        if len(_some(poses)) < 8:
+        if len(some_poses(poses)) < 8:
             raise InputError(f"PosePrior.from_poses: expected at least 8 poses, found {len(poses)}.")
         mean, covariance = poses.translation.mean(axis=0), np.cov(poses.translation.T)
         if uniform:
@@ -800,226 +574,3 @@ class PosePrior:
             return Poses(so3.random_rotations(n, generator), tau)
         turn = so3.exp(so3.sample_igso3(self.sigma_rot, n, generator=generator))
         return Poses(turn @ self.rotation, tau)
-
-
-# ---------------------------------------------------------------------------- steps on the group
-
-Velocity = Callable[[float, Poses], tuple[FloatArray, FloatArray, FloatArray]]
-"""At (t, poses): d tau/dt [n, 3], angular velocity in the space frame [n, 3], d(extra)/dt [n]."""
-
-StepName = Literal["heun", "rk4"]
-
-
-def group_step(
-    velocity: Velocity, t: float, poses: Poses, extra: FloatArray, dt: float, *, method: StepName = "rk4"
-) -> tuple[Poses, FloatArray]:
-    r"""One step of an ordinary differential equation on R^3 x SO(3) (Runge-Kutta-Munthe-Kaas).
-
-    R(t + dt) = exp(Theta) R(t), and Theta obeys dTheta/dt = J^{-1}(Theta) omega in flat space, where
-    an ordinary Runge-Kutta method keeps its order: 2 for Heun, 4 for RK4. R stays a rotation.
-
-    Parameters
-    ----------
-    velocity : callable
-        See :data:`Velocity`; ``extra`` is a number carried along (the log density).
-    t : float
-    poses : Poses
-    extra : numpy.ndarray, shape (n,)
-    dt : float
-        Of either sign.
-    method : {"heun", "rk4"}
-
-    Returns
-    -------
-    poses, extra
-        At t + dt.
-
-    Raises
-    ------
-    ConvergenceError
-        If a rotation turns by more than pi within the step.
-
-    References
-    ----------
-    H. Munthe-Kaas, Runge-Kutta methods on Lie groups, 1998, doi:10.1007/BF02510919.
-
-    Examples
-    --------
-    >>> spin = lambda t, p: (np.zeros((1, 3)), np.array([[0.0, 0.0, 2 * t]]), np.ones(1))
-    >>> pose, extra = group_step(spin, 0.0, Poses.identity(), np.zeros(1), 1.0)
-    >>> so3.log(pose.rotation).round(12).tolist(), extra.round(12).tolist()
-    ([[0.0, 0.0, 1.0]], [1.0])
-    """
-
-    def stage(after: float, tau: FloatArray, theta: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        if (np.linalg.norm(theta, axis=1) > np.pi).any():
-            raise ConvergenceError(
-                f"flow of poses: a rotation turns by more than pi within the step from t = {t:g}; take more "
-                "steps."
-            )
-        d_tau, omega, d_extra = velocity(t + after, poses.perturbed(theta, tau))
-        return d_tau, (so3.left_jacobian_inverse(theta) @ omega[..., None])[..., 0], d_extra
-
-    zero = np.zeros((len(poses), 3))
-    first = stage(0.0, zero, zero)
-    if method == "heun":
-        second = stage(dt, dt * first[0], dt * first[1])
-        tau, theta, more = (0.5 * dt * (a + b) for a, b in zip(first, second, strict=True))
-    else:
-        second = stage(0.5 * dt, 0.5 * dt * first[0], 0.5 * dt * first[1])
-        third = stage(0.5 * dt, 0.5 * dt * second[0], 0.5 * dt * second[1])
-        last = stage(dt, dt * third[0], dt * third[1])
-        tau, theta, more = (
-            dt / 6 * (a + 2 * b + 2 * c + d) for a, b, c, d in zip(first, second, third, last, strict=True)
-        )
-    return poses.perturbed(theta, tau), extra + more
-
-
-def time_grid(n_steps: int, t_min: float = 0.0, t_max: float = 1.0, *, stretch: float = 1.0) -> FloatArray:
-    """n_steps + 1 times from t_min to t_max, finer at t_min for stretch > 1: t ~ (k/n)^stretch.
-
-    Raises
-    ------
-    InputError
-        If ``n_steps`` is no whole number above 0, the times are not 0 <= t_min < t_max <= 1, or
-        ``stretch`` is not above 0.
-
-    Examples
-    --------
-    >>> time_grid(2, stretch=2.0).tolist()
-    [0.0, 0.25, 1.0]
-    """
-    if so3._count(n_steps) < 1:
-        raise InputError("n_steps: expected at least 1, found 0.")
-    if not (0 <= t_min < t_max <= 1):
-        raise InputError(f"t_min, t_max: expected 0 <= t_min < t_max <= 1, found {t_min!r}, {t_max!r}.")
-    if not (math.isfinite(stretch) and stretch > 0):
-        raise InputError(f"stretch: expected a finite number > 0, found {stretch!r}.")
-    return t_min + (t_max - t_min) * np.linspace(0.0, 1.0, n_steps + 1) ** stretch
-
-
-# ------------------------------------------------------------------------------ reverse sampling
-
-
-@dataclass(frozen=True, eq=False)
-class PoseSamples:
-    """What :func:`sample_poses` returns.
-
-    Attributes
-    ----------
-    poses : Poses
-        At the last time.
-    times : numpy.ndarray, shape (n_steps + 1,)
-        From 1 down.
-    trajectory : tuple of Poses
-        At every time, the first drawn from the prior; empty unless asked for.
-    n_calls : int
-        Calls of the model, each on all poses.
-    """
-
-    poses: Poses
-    times: FloatArray
-    trajectory: tuple[Poses, ...]
-    n_calls: int
-
-
-def sample_poses(
-    model: Callable[[Poses, FloatArray], Scores],
-    start: Poses,
-    *,
-    schedule: RigidSchedule,
-    generator: np.random.Generator | None = None,
-    method: Literal["sde", "ode"] = "sde",
-    n_steps: int = 50,
-    t_min: float = 0.0,
-    stretch: float = 1.0,
-    keep_trajectory: bool = False,
-) -> PoseSamples:
-    r"""Poses from the reverse of the noise: the probability flow, with or without fresh noise.
-
-    The flow is, by Heun's method on the group,
-
-    .. math:: \frac{d\tau}{dt} = -\frac{g_{tr}^2}{2} s_{tr}, \qquad \omega = -\frac{g_{rot}^2}{2} s_{rot} .
-
-    The reverse SDE has twice this drift and noise: a step from t to s < t first adds the noise that leads
-    up to t + (t - s), a step of the geodesic random walk that is exact for any density, and then takes
-    the flow two steps down.
-
-    Parameters
-    ----------
-    model : PoseScoreModel
-    start : Poses
-        At t = 1, from :meth:`PosePrior.sample`.
-    schedule : RigidSchedule
-    generator : numpy.random.Generator, optional
-        For "sde", which needs it.
-    method : {"sde", "ode"}
-    n_steps : int
-    t_min : float
-        Where to stop.
-    stretch : float
-        See :func:`time_grid`.
-    keep_trajectory : bool
-
-    Returns
-    -------
-    PoseSamples
-
-    Raises
-    ------
-    InputError
-        For no poses, a bad grid, an unknown method, or "sde" without a generator.
-    ModelError
-        If the model breaks the contract.
-
-    Notes
-    -----
-    The first step sees scores at t = 1, of poses that ``start`` must be typical of. Deterministic given
-    the generator.
-
-    References
-    ----------
-    Y. Song et al., Score-based generative modeling through stochastic differential equations, 2021,
-    arXiv:2011.13456.
-    T. Karras et al., Elucidating the design space of diffusion-based generative models, 2022,
-    arXiv:2206.00364 (noise up, flow down).
-    V. De Bortoli et al., Riemannian score-based generative modelling, 2022, arXiv:2202.02763.
-
-    Examples
-    --------
-    >>> generator = np.random.default_rng(0)
-    >>> to_origin = lambda poses, t: (-poses.translation, 0 * poses.translation, None)
-    >>> start = PosePrior(np.zeros(3), np.eye(3)).sample(4, generator=generator)
-    >>> found = sample_poses(to_origin, start, schedule=RigidSchedule(), generator=generator, n_steps=20)
-    >>> len(found.poses), found.n_calls
-    (4, 40)
-    """
-    poses = _some(start, "start")
-    times = time_grid(n_steps, t_min, stretch=stretch)[::-1]
-    if method not in ("sde", "ode"):
-        raise InputError(f"method: expected 'sde' or 'ode', found {method!r}.")
-    if method == "sde":
-        so3._generator(generator)
-    _schedule(schedule)
-    kept = [poses]
-    n_calls = 0
-
-    def velocity(t: float, at: Poses) -> tuple[FloatArray, FloatArray, FloatArray]:
-        tr, rot, _ = evaluate_scores(model, at, t)
-        return (
-            -0.5 * float(schedule.diffusion_tr(t)) * tr,
-            -0.5 * float(schedule.diffusion_rot(t)) * rot,
-            np.zeros(len(at)),
-        )
-
-    for t, s in pairwise(times):
-        top = t
-        if method == "sde" and t < 1.0:
-            assert generator is not None
-            top = min(1.0, 2 * t - s)
-            poses = noise_between(poses, t, top, schedule=schedule, generator=generator)
-        poses, _ = group_step(velocity, top, poses, np.zeros(len(poses)), s - top, method="heun")
-        n_calls += 2
-        if keep_trajectory:
-            kept.append(poses)
-    return PoseSamples(poses, times, tuple(kept) if keep_trajectory else (), n_calls)

@@ -23,19 +23,9 @@ import numpy as np
 
 from ..errors import InputError, ModelError
 from . import so3
-from .rigid import (
-    PosePrior,
-    Poses,
-    RigidSchedule,
-    Scores,
-    StepName,
-    _schedule,
-    _some,
-    _times_of,
-    evaluate_scores,
-    group_step,
-    time_grid,
-)
+from .poses import Poses, some_poses
+from .rigid import PosePrior, RigidSchedule, Scores, check_schedule, evaluate_scores, times_of
+from .rigid_sampler import StepName, group_step, time_grid
 from .so3 import FloatArray
 
 Model = Callable[[Poses, FloatArray], Scores]
@@ -126,7 +116,7 @@ class _Counted:
     def with_divergence(self, poses: Poses, t: Any) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """tr, rot, div_tr, div_rot."""
         n = len(poses)
-        t = _times_of(t, n)
+        t = times_of(t, n)
         if self.divergence is not None:
             tr, rot = self.scores(poses, t)
             known = [np.asarray(v, dtype=np.float64) for v in self.divergence(poses, t)]
@@ -196,7 +186,7 @@ def score_divergence(
     [[-12.0, -12.0], [0.0, 0.0]]
     """
     counted = _Counted(model, None, steps, max_batch)
-    _, _, div_tr, div_rot = counted.with_divergence(_some(poses), t)
+    _, _, div_tr, div_rot = counted.with_divergence(some_poses(poses), t)
     return div_tr, div_rot
 
 
@@ -254,9 +244,9 @@ def pose_flow_energy(
     n_steps : int
         Even: half as many give ``discretisation_error``.
     method : {"rk4", "heun"}
-        On the group, :func:`~openmm_diffforce.docking.rigid.group_step`.
+        On the group, :func:`~openmm_diffforce.docking.rigid_sampler.group_step`.
     stretch : float
-        Of the grid, :func:`~openmm_diffforce.docking.rigid.time_grid`.
+        Of the grid, :func:`~openmm_diffforce.docking.rigid_sampler.time_grid`.
     t_min : float
         Start at this noise in place of t = 0, where a model was not trained lower: p_0 is then p_t_min.
     divergence : callable, optional
@@ -302,12 +292,12 @@ def pose_flow_energy(
     >>> bool(np.abs(found.ln_p0 - exact.log_density(poses)).max() < 0.01)
     True
     """
-    _some(poses)
+    some_poses(poses)
     if so3._count(n_steps) < 2 or n_steps % 2:
         raise InputError(f"n_steps: expected an even number of at least 2, found {n_steps}.")
     if method not in ("rk4", "heun"):
         raise InputError(f"method: expected 'rk4' or 'heun', found {method!r}.")
-    _schedule(schedule)
+    check_schedule(schedule)
     counted = _Counted(model, divergence, steps, max_batch)
     times = time_grid(n_steps, t_min, stretch=stretch)
 
@@ -410,10 +400,10 @@ def pose_path_energy(
     >>> bool(np.abs(found.ln_p0 - exact.log_density(poses)).max() < 0.01)
     True
     """
-    n = len(_some(poses))
+    n = len(some_poses(poses))
     if path not in ("noising", "standing"):
         raise InputError(f"path: expected 'noising' or 'standing', found {path!r}.")
-    _schedule(schedule)
+    check_schedule(schedule)
     times = time_grid(n_steps, t_min, stretch=stretch)
     counted = _Counted(model, divergence, steps, max_batch)
     if path == "standing":

@@ -15,8 +15,8 @@ from ..errors import InputError, ModelError
 from .complex import Complex, FloatArray
 from .decoys import Decoys, reposed
 from .metrics import pose_metrics
+from .poses import Poses
 from .residue_model import HEAD_SIGMAS, ResidueModel
-from .rigid import Poses
 from .rigid_energy import pose_flow_energy, pose_path_energy
 from .statistics import (
     Comparison,
