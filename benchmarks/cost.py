@@ -27,6 +27,7 @@ from openmm_diffforce.alanine import AlanineCase, alanine_case
 from openmm_diffforce.audit import SPOT_GATES, judge, spot_check
 from openmm_diffforce.bridge import noisy_operator_bridge
 from openmm_diffforce.density import fit_operator_density
+from openmm_diffforce.errors import ConvergenceError, InputError, PoorOverlapError
 from openmm_diffforce.estimate import bar_between
 from openmm_diffforce.posterior_bridge import run_posterior_bridge
 from openmm_diffforce.record import plain, write_json
@@ -191,6 +192,14 @@ def tasks_of(case: AlanineCase, out: Path) -> tuple[list[Task], dict[str, Any]]:
     return tasks, {"reference": (value, error), "n_windows": len(lams), "n_sets": len(sets), "n_all": n_all}
 
 
+def answer(one: Callable[[], float]) -> float | None:
+    """An estimate, or None where the method refuses: too few independent frames, no overlap."""
+    try:
+        return one()
+    except (InputError, ConvergenceError, PoorOverlapError):
+        return None
+
+
 def case_part(name: str) -> Part:
     def run(out: Path) -> dict[str, Any]:
         case = alanine_case(name, restrain_phi=True)
@@ -200,16 +209,16 @@ def case_part(name: str) -> Part:
             path = out / f"{name}_{task.method.replace(', ', '_').replace(' ', '_')}_{task.n_frames}.json"
             if not path.exists():
                 start = time.process_time()
-                values = [one() for one in task.repeats]
-                seconds = (time.process_time() - start) / len(values)
+                answers = [answer(one) for one in task.repeats]
+                seconds = (time.process_time() - start) / len(answers)
+                values = [v for v in answers if v is not None]
                 forces, energies = evaluations(task.n_windows, task.n_frames)
                 write_json(path, plain({
                     "method": task.method, "n_frames": task.n_frames, "forces": forces, "energies": energies,
-                    "values": values, "seconds": seconds,
+                    "values": values, "refused": len(answers) - len(values), "seconds": seconds,
                 }))  # fmt: skip
             rows.append(json.loads(path.read_text()))
-            miss = np.array(rows[-1]["values"]) - found["reference"][0]
-            print(name, task.method, rows[-1]["forces"], len(miss), np.sqrt((miss**2).mean()), flush=True)
+            print(name, task.method, rows[-1]["forces"], *cells(rows[-1], found["reference"][0]), flush=True)
         return {**found, "rows": rows}
 
     return run
@@ -262,6 +271,16 @@ def rmse(values: Sequence[float], reference: float) -> tuple[float, float]:
     return float(np.sqrt((miss**2).mean())), 1 / math.sqrt(2 * len(miss))
 
 
+def cells(row: dict[str, Any], reference: float) -> tuple[str, str, str]:
+    """Repeats, bias and RMSE of a row."""
+    values, refused = row["values"], row["refused"]
+    repeats = str(len(values)) + (f" ({refused} refused)" if refused else "")
+    if not values:
+        return repeats, "", ""
+    size, relative = rmse(values, reference)
+    return repeats, f"{np.mean(values) - reference:+.2f}", f"{size:.2f} +- {relative * size:.2f}"
+
+
 def table(found: dict[str, Any]) -> list[str]:
     lines = [
         "# Cost: RMSE against force evaluations", "",
@@ -277,7 +296,8 @@ def table(found: dict[str, Any]) -> list[str]:
             "numbers disjoint blocks of one long run of every window, which start better equilibrated than "
             "what they are charged for. RMSE is against MBAR of all frames, with the error that so many "
             "normal repeats would have; that reference shares the blocks' frames, so that an RMSE near its "
-            "error means no more than that. Where fewer than two blocks fit there is no row.", 108,
+            "error means no more than that. Where fewer than two blocks fit there is no row; a repeat is "
+            "refused where its frames are too few to be independent or do not overlap.", 108,
         ), "",
     ]  # fmt: skip
     for name in CASES:
@@ -293,11 +313,9 @@ def table(found: dict[str, Any]) -> list[str]:
             "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for r in sorted(part["rows"], key=lambda r: (r["method"], r["forces"])):
-            size, relative = rmse(r["values"], value)
             lines.append(
                 f"| {r['method']} | {r['n_frames']} | {r['forces']:,} | {r['energies']:,} "
-                f"| {len(r['values'])} | {np.mean(r['values']) - value:+.2f} "
-                f"| {size:.2f} +- {relative * size:.2f} | {r['seconds']:.2g} |"
+                f"| {' | '.join(cells(r, value))} | {r['seconds']:.2g} |"
             )
         lines.append("")
         post = found.get(f"{name}_posterior", {"runs": []})
@@ -355,10 +373,11 @@ def figure(found: dict[str, Any]) -> None:
         for axis, name in zip(axes[0], names, strict=True):
             part = found[name]
             value, error = part["reference"]
-            methods = sorted({r["method"] for r in part["rows"]}, key=_order)
+            answered = [r for r in part["rows"] if r["values"]]
+            methods = sorted({r["method"] for r in answered}, key=_order)
             windows = [m for m in methods if m.startswith("MBAR")]
             for method in methods:
-                rows = sorted((r for r in part["rows"] if r["method"] == method), key=lambda r: r["forces"])
+                rows = sorted((r for r in answered if r["method"] == method), key=lambda r: r["forces"])
                 size, relative = np.array([rmse(r["values"], value) for r in rows]).T
                 if method.startswith("MBAR"):
                     shade = 0.75 - 0.65 * windows.index(method) / max(len(windows) - 1, 1)
