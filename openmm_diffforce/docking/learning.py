@@ -33,7 +33,7 @@ from .residue_model import (
     site_points,
     tables_from_coefs,
 )
-from .rigid import Poses, RigidSchedule, noise_poses
+from .rigid import NoisedPoses, Poses, RigidSchedule, noise_poses
 from .statistics import area_under_curve, rank_correlation
 
 Progress = Callable[[str, int, int], None]
@@ -134,18 +134,28 @@ def _checked(complexes: Sequence[Complex]) -> None:
         raise InputError(f"docking fit: expected native complexes, found none known for {', '.join(other)}.")
 
 
+def noised_copies(one: Complex, settings: DockingFit, level: int, seed: int) -> NoisedPoses:
+    """Noised native poses of a complex at a noise level; the same ones for the same seed."""
+    sigma = settings.sigmas[level]
+    return noise_poses(
+        Poses.identity(settings.n_noised), 1.0, schedule=RigidSchedule(sigma, sigma / settings.radius),
+        generator=np.random.default_rng((seed, level, *one.name.encode())),
+    )  # fmt: skip
+
+
+def score_widths(settings: DockingFit, level: int) -> FloatArray:
+    """What makes scores by shift and turn comparable at a level: sigma_tr, sigma_rot, each three times."""
+    return np.repeat([settings.sigmas[level], settings.sigmas[level] / settings.radius], 3)
+
+
 def _noised(
-    one: Complex, settings: DockingFit, sigma: float, lengths: FloatArray, contact: FloatArray, seed: Any
+    one: Complex, settings: DockingFit, level: int, lengths: FloatArray, contact: FloatArray, seed: int
 ) -> tuple[FloatArray, FloatArray, float]:
     """Normal equations of the weighted regression of slopes on the score of the noise."""
-    turn = sigma / settings.radius
-    found = noise_poses(
-        Poses.identity(settings.n_noised), 1.0, schedule=RigidSchedule(sigma, turn),
-        generator=np.random.default_rng(seed),
-    )  # fmt: skip
+    found = noised_copies(one, settings, level, seed)
     _, slopes = pair_potential_features(one, found.poses, lengths=lengths, contact=contact, gradient=True)
     assert slopes is not None
-    weights = np.repeat([sigma, turn], 3)
+    weights = score_widths(settings, level)
     design = -(slopes * weights[:, None]).reshape(-1, N_COEFS)
     target = (np.concatenate([found.tr_target, found.rot_target], axis=1) * weights).reshape(-1)
     n = len(target)
@@ -198,8 +208,7 @@ def prepare_docking_data(
             log_q = so3.igso3_log_density(angle, sigma / settings.radius)
             log_q = log_q - 0.5 * (poses.translation**2).sum(axis=1) / sigma**2
             q = np.exp(log_q - log_q.max())
-            entropy = (seed, m, *one.name.encode())
-            mine.append(_Level(*_noised(one, settings, sigma, lengths, contact, entropy), q / q.sum()))
+            mine.append(_Level(*_noised(one, settings, m, lengths, contact, seed), q / q.sum()))
         levels.append(tuple(mine))
         decoys.append(sets)
         if progress is not None:
