@@ -88,7 +88,6 @@ FLOORS: dict[str, float] = {
     "docking.model_file": 7.4,
     "docking.physics_score": 7.4,
     "docking.learning": 7.5,
-    "docking.residual_fit": 7.55,
     "docking.pages": 7.6,
     "docking.dock_run": 7.7,
     "docking.scoring": 7.5,

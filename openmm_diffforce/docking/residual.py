@@ -27,11 +27,12 @@ T. Hamelryck, An amino acid has two sides: a new 2D measure provides a different
 2005, doi:10.1002/prot.20379.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from .complex import RESIDUES, Complex, FloatArray, IntArray, Partner
 from .contacts import near_pairs, placed
@@ -65,6 +66,9 @@ DESCRIPTORS: FloatArray = np.array(
 )  # fmt: skip
 """Charge, hydropathy (Kyte and Doolittle), size and aromaticity of a residue type, shape (20, 4)."""
 
+GAINS = (1.0, 0.6, 0.6, 0.5)
+"""Standard deviations of the hidden layer's weights: of a pair, of either residue, and of the bias."""
+
 N_RAW = 6
 """Three distances and three cosines of a pair."""
 
@@ -72,19 +76,8 @@ N_SHAPE = sum(n for _, _, n in BUMPS.values()) + 1
 N_OWN = 2 + DESCRIPTORS.shape[1]
 """Inputs that belong to a pair, and to one residue of it."""
 
-OUTPUT_SCALE = 0.1
-"""The energy of a pair in units of the network's output [kT]: some hundred pairs make a pose."""
-
-CHUNK = 64
+CHUNK = 32
 """Poses in one pass of the network."""
-
-
-def weight_shapes(width: int, n_levels: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the network's arrays."""
-    return {
-        "shape": (N_SHAPE, width), "first": (N_OWN, width), "second": (N_OWN, width), "bias": (width,),
-        "hidden": (width, width), "hidden_bias": (width,), "out": (width, n_levels),
-    }  # fmt: skip
 
 
 def _directions(partner: Partner) -> FloatArray:
@@ -138,6 +131,11 @@ class PairTable:
         """Pose of every pair, shape (n_pairs,)."""
         return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
 
+    def sums(self, values: FloatArray) -> Any:
+        """Sparse matrix [n_poses, n_pairs] that sums over the pairs of a pose, each times its value."""
+        shape = len(self.start) - 1, len(values)
+        return csr_matrix((values, np.arange(len(values)), self.start), shape=shape)
+
 
 def pair_table(complex_: Complex, poses: Poses, lengths: FloatArray, *, gradient: bool) -> PairTable:
     """Pairs of a complex in its poses.
@@ -185,57 +183,109 @@ def pair_table(complex_: Complex, poses: Poses, lengths: FloatArray, *, gradient
     return PairTable(start, raw, i, j, _own(receptor), _own(ligand), slopes if gradient else None)
 
 
-def pair_energies(weights: Mapping[str, Any], raw: Any, receptor: Any, ligand: Any) -> Any:
-    """Energies of pairs at every noise level, in torch.
+@dataclass(frozen=True)
+class HiddenLayer:
+    """The hidden layer: weights of what a pair is, of what either residue brings, and a bias.
+
+    Attributes
+    ----------
+    shape : numpy.ndarray, shape (N_SHAPE, width)
+    first, second : numpy.ndarray, shape (N_OWN, width)
+    bias : numpy.ndarray, shape (width,)
+    """
+
+    shape: FloatArray
+    first: FloatArray
+    second: FloatArray
+    bias: FloatArray
+
+    @classmethod
+    def drawn(cls, width: int, seed: int) -> "HiddenLayer":
+        """Normal weights of standard deviations :data:`GAINS`."""
+        generator = np.random.default_rng((seed, N_RAW))
+        sizes = (N_SHAPE, width), (N_OWN, width), (N_OWN, width), (width,)
+        return cls(*(g * generator.standard_normal(n) for g, n in zip(GAINS, sizes, strict=True)))
+
+    @property
+    def width(self) -> int:
+        """Hidden units."""
+        return len(self.bias)
+
+    def of_pairs(self, table: PairTable, *, gradient: bool) -> tuple[FloatArray, list[FloatArray]]:
+        """Faded units [n_pairs, width] of both orders, and their derivatives by the columns of ``raw``."""
+        raw = table.raw
+        z, bends, row = self.bias + raw[:, 5:6] * self.shape[-1], [], 0
+        for k, (low, step, n) in enumerate(BUMPS.values()):
+            away = (raw[:, k : k + 1] - low) / step - np.arange(n)
+            bump = np.exp(-0.5 * away**2)
+            z = z + bump @ self.shape[row : row + n]
+            if gradient:
+                bends.append((-away * bump / step) @ self.shape[row : row + n])
+            row += n
+        total, slopes = np.zeros_like(z), [np.zeros_like(z) for _ in range(N_RAW)]
+        for one, other in ((self.first, self.second), (self.second, self.first)):
+            x = z + raw[:, 3:4] * one[0] + raw[:, 4:5] * other[0]
+            x += (table.receptor_own @ one[1:])[table.receptor] + (table.ligand_own @ other[1:])[table.ligand]
+            gate = 1 / (1 + np.exp(-x))
+            total += x * gate
+            if gradient:
+                slope = gate * (1 + x * (1 - gate))
+                for k, by in enumerate((*bends, one[0], other[0], self.shape[-1])):
+                    slopes[k] += slope * by
+        inside = np.maximum(1 - (raw[:, :1] / CUTOFF) ** 2, 0.0)
+        fade, fall = inside**3, -6 * raw[:, :1] / CUTOFF**2 * inside**2
+        if not gradient:
+            return fade * total, []
+        slopes = [fade * s for s in slopes]
+        slopes[0] += fall * total
+        return fade * total, slopes
+
+
+def network_features(
+    hidden: HiddenLayer, complex_: Complex, poses: Poses, lengths: FloatArray, *, gradient: bool = False
+) -> tuple[FloatArray, FloatArray | None]:
+    """What the residual is linear in, for every pose: its units, summed over pairs.
 
     Parameters
     ----------
-    weights : mapping of str to torch.Tensor
-        :func:`weight_shapes`.
-    raw : torch.Tensor, shape (n_pairs, 6)
-    receptor, ligand : torch.Tensor, shape (n_pairs, N_OWN - 1)
-        What either residue brings.
+    hidden : HiddenLayer
+    complex_ : Complex
+    poses : Poses
+    lengths : numpy.ndarray, shape (20,)
+        Side-chain lengths [nm].
+    gradient : bool
 
     Returns
     -------
-    torch.Tensor, shape (n_pairs, n_levels)
-        [kT]
+    features : numpy.ndarray, shape (n_poses, width)
+    slopes : numpy.ndarray, shape (n_poses, 6, width), or None
+        Their derivatives by a shift [1/nm] and by a turn about the pose's centre [1/rad].
     """
-    import torch
-
-    silu = torch.nn.functional.silu
-    parts = []
-    for k, (low, step, n) in enumerate(BUMPS.values()):
-        centres = low + step * torch.arange(n, dtype=raw.dtype)
-        parts.append(torch.exp(-0.5 * ((raw[:, k : k + 1] - centres) / step) ** 2))
-    parts.append(raw[:, 5:6])
-    shape = torch.cat(parts, dim=1) @ weights["shape"] + weights["bias"]
-    one = torch.cat([raw[:, 3:4], receptor], dim=1)
-    other = torch.cat([raw[:, 4:5], ligand], dim=1)
-    total = 0.0
-    for a, b in ((one, other), (other, one)):
-        h = silu(shape + a @ weights["first"] + b @ weights["second"])
-        total = total + silu(h @ weights["hidden"] + weights["hidden_bias"])
-    fade = (1 - (raw[:, :1] / CUTOFF) ** 2).clamp(min=0.0) ** 3
-    return OUTPUT_SCALE * fade * (total @ weights["out"])
+    n = len(poses)
+    features, slopes = np.zeros((n, hidden.width)), np.zeros((n, 6, hidden.width))
+    for part in _chunks(n):
+        table = pair_table(complex_, poses[part], lengths, gradient=gradient)
+        units, pulls = hidden.of_pairs(table, gradient=gradient)
+        features[part] = table.sums(np.ones(len(units))) @ units
+        if table.slopes is not None:
+            for q in range(6):
+                slopes[part, q] = sum(table.sums(table.slopes[:, r, q]) @ p for r, p in enumerate(pulls))
+    return features, slopes if gradient else None
 
 
 @dataclass(frozen=True)
 class Residual:
-    """A trained network; :class:`~.residue_model.ResidueModel` adds it to its closed form.
+    """A fitted network; :class:`~.residue_model.ResidueModel` adds it to its closed form.
 
     Attributes
     ----------
-    weights : dict
-        Name -> numpy.ndarray; :func:`weight_shapes`.
+    hidden : HiddenLayer
+    out : numpy.ndarray, shape (n_levels, width)
+        Coefficients of the units [kT].
     """
 
-    weights: dict[str, FloatArray]
-
-    @property
-    def width(self) -> int:
-        """Hidden units of a layer."""
-        return len(self.weights["bias"])
+    hidden: HiddenLayer
+    out: FloatArray
 
     def evaluate(
         self, complex_: Complex, poses: Poses, levels: FloatArray, lengths: FloatArray, *, gradient: bool
@@ -259,23 +309,16 @@ class Residual:
         slopes : numpy.ndarray, shape (n_poses, 6), or None
             [kT/nm], [kT/rad]
         """
-        import torch
-
-        weights = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in self.weights.items()}
         energy, slopes = np.zeros(len(poses)), np.zeros((len(poses), 6))
         for part in _chunks(len(poses)):
             table = pair_table(complex_, poses[part], lengths, gradient=gradient)
-            pose, n = table.pose, len(table.start) - 1
-            raw = torch.as_tensor(table.raw).requires_grad_(gradient)
-            own = [torch.as_tensor(v) for v in (table.receptor_own[table.receptor],
-                                                table.ligand_own[table.ligand])]  # fmt: skip
-            with torch.set_grad_enabled(gradient):
-                u = (pair_energies(weights, raw, *own) * torch.as_tensor(levels[part][pose])).sum(dim=1)
-            energy[part] = np.bincount(pose, u.detach().numpy(), minlength=n)
+            units, pulls = self.hidden.of_pairs(table, gradient=gradient)
+            out = (levels[part] @ self.out)[table.pose]
+            energy[part] = table.sums((units * out).sum(axis=1)).sum(axis=1)
             if table.slopes is not None:
-                (pull,) = torch.autograd.grad(u.sum(), raw)
-                push = np.einsum("pr,prq->qp", pull.numpy(), table.slopes)
-                slopes[part] = np.stack([np.bincount(pose, p, minlength=n) for p in push], axis=1)
+                pull = np.stack([(p * out).sum(axis=1) for p in pulls], axis=1)
+                push = (pull[:, :, None] * table.slopes).sum(axis=1)
+                slopes[part] = table.sums(np.ones(len(push))) @ push
         return energy, slopes if gradient else None
 
 
