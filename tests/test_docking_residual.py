@@ -10,35 +10,37 @@ import pytest
 from typer.testing import CliRunner
 
 from openmm_diffforce.cli import app
-from openmm_diffforce.docking.complex import RESIDUES, Complex
+from openmm_diffforce.docking import dock_run, learning
+from openmm_diffforce.docking.complex import Complex, pdb_text
 from openmm_diffforce.docking.decoys import reposed
 from openmm_diffforce.docking.learning import (
     DockingData,
     DockingFit,
+    cross_validate,
     fit_docking_model,
     prepare_docking_data,
+    solve_level,
 )
 from openmm_diffforce.docking.model_file import load_docking_model, read_docking_file, save_docking_model
 from openmm_diffforce.docking.residual import (
     CUTOFF,
     N_RAW,
+    HiddenLayer,
+    PairTable,
     Residual,
     burial,
-    pair_energies,
+    network_features,
     pair_table,
-    weight_shapes,
 )
-from openmm_diffforce.docking.residual_fit import ResidualFit, fit_residual, prepare_residual_data
-from openmm_diffforce.docking.residue_model import ResidueModel
+from openmm_diffforce.docking.residue_model import N_COEFS, ResidueModel, tables_from_coefs
 from openmm_diffforce.docking.rigid import Poses, RigidSchedule, noise_poses
 from openmm_diffforce.docking.rigid_energy import score_divergence
 from openmm_diffforce.docking.scoring import energy_head, flow_energy, path_energy
-from openmm_diffforce.errors import ConvergenceError, InputError, ModelError
+from openmm_diffforce.errors import InputError, ModelError
 
 from .tiny_complex import tiny_complex
 
-SETTINGS = DockingFit(sigmas=(0.1, 0.4), n_noised=30, n_sets=1, n_decoys=40)
-NETWORK = ResidualFit(width=8, n_steps=60, batch=3, learning_rate=2e-2, weight_decay=0.0)
+SETTINGS = DockingFit(sigmas=(0.1, 0.4), n_noised=30, n_sets=1, n_decoys=40, network=8)
 LENGTHS = np.full(20, 0.2)
 
 
@@ -53,25 +55,20 @@ def data() -> DockingData:
 
 
 @cache
-def closed() -> ResidueModel:
+def fitted() -> ResidueModel:
     return fit_docking_model(settings=SETTINGS, data=data())
 
 
-@cache
-def trained() -> ResidueModel:
-    return fit_residual(closed(), complexes(), data(), SETTINGS, NETWORK, seed=1)
+def closed() -> ResidueModel:
+    return replace(fitted(), residual=None)
 
 
-def random_residual(n_levels: int = 2, width: int = 8) -> Residual:
-    g = np.random.default_rng(0)
-    shapes = weight_shapes(width, n_levels)
-    return Residual({k: g.standard_normal(s) / np.sqrt(s[0]) for k, s in shapes.items()})
+def random_residual() -> Residual:
+    return Residual(HiddenLayer.drawn(8, 0), np.random.default_rng(0).standard_normal((2, 8)))
 
 
 def with_random() -> ResidueModel:
-    """The closed form with a residual of its own size."""
-    weights = random_residual().weights
-    return replace(closed(), residual=Residual({**weights, "out": 5 * weights["out"]}))
+    return replace(fitted(), residual=random_residual())
 
 
 def some_poses(n: int, sigma: float = 0.15) -> Poses:
@@ -140,11 +137,7 @@ def test_energy_is_the_sum_over_pairs_by_hand() -> None:
     assert {*zip(table.receptor.tolist(), table.ligand.tolist(), strict=True)} == {
         (int(i), int(j)) for i, j in zip(*np.nonzero(d < CUTOFF), strict=True)
     }
-    w = residual.weights
-
-    def silu(x: np.ndarray) -> np.ndarray:
-        return x / (1 + np.exp(-x))
-
+    w = residual.hidden
     want = np.zeros(2)
     for raw, i, j in zip(table.raw, table.receptor, table.ligand, strict=True):
         bumps = [
@@ -155,29 +148,38 @@ def test_energy_is_the_sum_over_pairs_by_hand() -> None:
         a = np.array([raw[3], *table.receptor_own[i]])
         b = np.array([raw[4], *table.ligand_own[j]])
         for x, y in ((a, b), (b, a)):
-            h = silu(np.array([*bumps, raw[5]]) @ w["shape"] + w["bias"] + x @ w["first"] + y @ w["second"])
-            h = silu(h @ w["hidden"] + w["hidden_bias"])
-            want += 0.1 * (1 - (raw[0] / CUTOFF) ** 2) ** 3 * (h @ w["out"])
+            z = np.array([*bumps, raw[5]]) @ w.shape + w.bias + x @ w.first + y @ w.second
+            want += (1 - (raw[0] / CUTOFF) ** 2) ** 3 * (residual.out @ (z / (1 + np.exp(-z))))
     for k, levels in enumerate(np.eye(2)):
         found = residual.evaluate(one, Poses.identity(), levels[None], LENGTHS, gradient=False)[0]
         assert found[0] == pytest.approx(want[k])
 
 
-def test_nothing_beyond_the_cutoff_and_no_jump_at_it() -> None:
-    import torch
+def test_energy_and_slopes_are_linear_in_the_features() -> None:
+    one, poses, residual = tiny_complex(5), some_poses(40), random_residual()
+    levels = np.random.default_rng(1).uniform(size=(40, 2))
+    features, slopes = network_features(residual.hidden, one, poses, LENGTHS, gradient=True)
+    assert slopes is not None
+    energy, push = residual.evaluate(one, poses, levels, LENGTHS, gradient=True)
+    out = levels @ residual.out
+    assert energy == pytest.approx((features * out).sum(axis=1))
+    assert push == pytest.approx(np.einsum("nqw,nw->nq", slopes, out))
 
+
+def test_nothing_beyond_the_cutoff_and_no_jump_at_it() -> None:
     one = tiny_complex(5)
     far = Poses(np.eye(3)[None].repeat(2, axis=0), np.array([[50.0, 0, 0], [0, 80.0, 0]]))
     found = random_residual().evaluate(one, far, np.ones((2, 2)), LENGTHS, gradient=True)
     assert (found[0] == 0).all()
     assert (np.asarray(found[1]) == 0).all()
-    weights = {k: torch.as_tensor(v) for k, v in random_residual().weights.items()}
-    raw = torch.full((2, N_RAW), 0.5, dtype=torch.float64)
-    raw[:, 0] = torch.tensor([CUTOFF - 1e-3, CUTOFF + 0.1])
-    own = torch.ones(2, 5, dtype=torch.float64)
-    value = pair_energies(weights, raw, own, own)
-    assert float(value[0].abs().max()) < 1e-7
-    assert float(value[1].abs().max()) == 0
+    raw, own, zero = np.full((2, N_RAW), 0.5), np.ones((1, 5)), np.zeros(2, dtype=np.int64)
+    raw[:, 0] = CUTOFF - 1e-3, CUTOFF + 0.1
+    table = PairTable(np.array([0, 2]), raw, zero, zero, own, own, None)
+    units, slopes = random_residual().hidden.of_pairs(table, gradient=True)
+    assert 0 < np.abs(units[0]).max() < 1e-7
+    assert np.abs(slopes[0][0]).max() < 1e-3
+    assert (units[1] == 0).all()
+    assert all((s[1] == 0).all() for s in slopes)
 
 
 def test_burial_counts_the_half_sphere() -> None:
@@ -196,130 +198,107 @@ def test_burial_counts_the_half_sphere() -> None:
 
 
 def test_energies_along_flow_and_path() -> None:
-    """A residual that undoes the closed form's tables is not there; one that is there is seen by all."""
     one, poses = tiny_complex(5), some_poses(4)
-    small = {**random_residual().weights, "out": np.zeros((8, 2))}
-    none = replace(closed(), residual=Residual(small))
+    none = replace(closed(), residual=Residual(random_residual().hidden, np.zeros((2, 8))))
     for score in (energy_head, flow_energy, path_energy):
         want = score(closed())(one, poses)
         assert score(none)(one, poses) == pytest.approx(want, abs=1e-7)
         assert np.abs(score(with_random())(one, poses) - want).max() > 0.1
 
 
-# --------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ fit and file
 
 
-def loss_of(model: ResidueModel) -> float:
+def loss_of(model: ResidueModel, level: int, coefs: np.ndarray, scale: np.ndarray) -> float:
     """The documented loss, from the model's own scores and energies."""
-    total = []
-    pairs = prepare_residual_data(complexes(), data(), SETTINGS, seed=1)
+    sigma, total = SETTINGS.sigmas[level], 0.5 * SETTINGS.ridge * float(((coefs / scale) ** 2).sum())
+    turn = sigma / SETTINGS.radius
     for k, one in enumerate(complexes()):
-        decoys = data().decoys[k][0].poses
-        n = len(pairs[k].noised_poses)
-        sigma = np.tile(SETTINGS.sigmas, n // 2)
-        _, shift, turn = model.evaluate(one, pairs[k].noised_poses, sigma)
+        found = noise_poses(
+            Poses.identity(SETTINGS.n_noised), 1.0, schedule=RigidSchedule(sigma, turn),
+            generator=np.random.default_rng((1, level, *one.name.encode())),
+        )  # fmt: skip
+        _, shift, spin = model.evaluate(one, found.poses, sigma)
         assert shift is not None
-        assert turn is not None
-        scores = np.concatenate([shift * sigma[:, None], turn * sigma[:, None] / SETTINGS.radius], axis=1)
-        loss = 0.5 * np.mean((scores - pairs[k].score) ** 2)
-        for m, s in enumerate(SETTINGS.sigmas):
-            energy = model.evaluate(one, decoys, s, gradient=False)[0]
-            log_pi = -energy - np.logaddexp.reduce(-energy)
-            loss -= SETTINGS.decoy_weight * (data().levels[k][m].target @ log_pi) / 2
-        total.append(loss)
-    return float(np.mean(total))
+        assert spin is not None
+        miss = sigma * (shift - found.tr_target), turn * (spin - found.rot_target)
+        energy = model.evaluate(one, data().decoys[k][0].poses, sigma, gradient=False)[0]
+        log_pi, q = -energy - np.logaddexp.reduce(-energy), data().levels[k][level].target
+        kl = (q * (np.log(np.maximum(q, 1e-300)) - log_pi)).sum()
+        total += (0.5 * np.mean(np.concatenate(miss, axis=1) ** 2) + SETTINGS.decoy_weight * kl) / 3
+    return float(total)
 
 
-def test_training_lowers_the_loss_and_is_reproducible() -> None:
-    before, after = loss_of(closed()), loss_of(trained())
-    assert after < before - 0.01
-    first, last = trained().metadata["residual"]["loss"]
-    # The mean over the first steps is that of the closed form, but for the noised poses of a step.
-    assert first == pytest.approx(before, abs=0.1)
-    assert last < first
-    again = fit_residual(closed(), complexes(), data(), SETTINGS, NETWORK, seed=1)
+def test_the_fit_is_the_least_of_the_loss() -> None:
+    scale = learning._scales(data(), SETTINGS)
+    g, hidden = np.random.default_rng(0), data().hidden
+    assert hidden is not None
+
+    def model_of(coefs: np.ndarray) -> ResidueModel:
+        both = np.stack([coefs, coefs])
+        tables = tables_from_coefs(both[:, :N_COEFS], data().contact)
+        return replace(fitted(), tables=tables, residual=Residual(hidden, both[:, N_COEFS:]))
+
+    for level in range(2):
+        c = solve_level(data(), SETTINGS, level, range(3))
+        assert len(c) == N_COEFS + 8
+        assert isinstance(fitted().residual, Residual)
+        assert (c[N_COEFS:] == fitted().residual.out[level]).all()  # type: ignore[union-attr]
+        best = loss_of(model_of(c), level, c, scale)
+        for only in (slice(None), slice(N_COEFS, None)):
+            for sign in (1, -1):
+                other = c.copy()
+                other[only] += sign * 3e-2 * (scale * g.standard_normal(len(c)))[only]
+                assert loss_of(model_of(other), level, other, scale) > best
+        without = c * (np.arange(len(c)) < N_COEFS)
+        assert loss_of(model_of(without), level, without, scale) > best + 1e-4
+
+
+def test_fits_are_reproducible_and_cross_validated() -> None:
+    again = fit_docking_model(complexes(), SETTINGS, seed=1)
     assert isinstance(again.residual, Residual)
-    assert isinstance(trained().residual, Residual)
-    for k, v in again.residual.weights.items():
-        assert (v == trained().residual.weights[k]).all()  # type: ignore[union-attr]
-    other = fit_residual(closed(), complexes(), data(), SETTINGS, NETWORK, seed=2)
-    assert not np.allclose(other.residual.weights["out"], again.residual.weights["out"])  # type: ignore[union-attr]
-    for name in again.tables:
-        assert again.tables[name] is closed().tables[name]
-
-
-def test_without_decoys_there_is_score_matching_alone() -> None:
-    seen: list[tuple[str, int, int]] = []
-    settings = replace(SETTINGS, decoy_weight=0.0)
-    found = fit_residual(
-        closed(), complexes(), data(), settings, replace(NETWORK, n_steps=3), seed=1,
-        progress=lambda *a: seen.append(a),
-    )  # fmt: skip
-    assert found.metadata["residual"]["loss"][0] < 1
-    assert seen[-1] == ("network", 3, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"width": 0}, "width: expected a whole number >= 1, found 0"),
-        ({"n_steps": 2.5}, "n_steps: expected a whole number"),
-        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number"),
-        ({"weight_decay": -1.0}, "weight_decay: expected a finite number >= 0, found -1.0"),
-    ],
-)
-def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        ResidualFit(**change)
-
-
-def test_bad_fits_are_refused() -> None:
-    with pytest.raises(
-        InputError, match="expected the complexes of the data, tiny0, tiny1, tiny2, found tiny0"
-    ):
-        fit_residual(closed(), complexes()[:1], data(), SETTINGS, NETWORK, seed=1)
-    other = replace(closed(), sigmas=np.array([0.1, 0.5]))
-    with pytest.raises(InputError, match="expected a model of the noise levels"):
-        fit_residual(other, complexes(), data(), SETTINGS, NETWORK, seed=1)
-    wild = replace(NETWORK, learning_rate=1e30)
-    with pytest.raises(ConvergenceError, match="lower the learning rate"):
-        fit_residual(closed(), complexes(), data(), SETTINGS, wild, seed=1)
-
-
-# --------------------------------------------------------------------------------------- its file
+    assert (again.residual.out == fitted().residual.out).all()  # type: ignore[union-attr]
+    assert (again.residual.hidden.shape == fitted().residual.hidden.shape).all()  # type: ignore[union-attr]
+    assert not np.allclose(HiddenLayer.drawn(8, 2).shape, HiddenLayer.drawn(8, 1).shape)
+    assert again.metadata["settings"]["network"] == 8
+    strong = cross_validate(data(), SETTINGS)
+    weak = cross_validate(data(), replace(SETTINGS, network_weight=1e-4))
+    alone = prepare_docking_data(complexes(), replace(SETTINGS, network=0), seed=1)
+    none = cross_validate(alone, replace(SETTINGS, network=0))
+    for a, b, c in zip(strong, weak, none, strict=True):
+        assert b.score_r2 == pytest.approx(c.score_r2, abs=1e-5)
+        assert a.score_r2 != pytest.approx(c.score_r2, abs=1e-5)
+    with pytest.raises(InputError, match="network: expected a whole number >= 0, found -1"):
+        DockingFit(network=-1)
+    with pytest.raises(InputError, match="network_weight: expected a finite number >= 1e-06, found nan"):
+        DockingFit(network_weight=float("nan"))
 
 
 def test_a_file_holds_the_residual(tmp_path: Path) -> None:
     path = tmp_path / "m.docking"
-    save_docking_model(trained(), path)
+    save_docking_model(fitted(), path)
     found = load_docking_model(path)
     one, poses = tiny_complex(5), some_poses(4)
-    for a, b in zip(found.evaluate(one, poses, 0.2), trained().evaluate(one, poses, 0.2), strict=True):
+    for a, b in zip(found.evaluate(one, poses, 0.2), fitted().evaluate(one, poses, 0.2), strict=True):
         assert (a == b).all()
-    assert found.metadata["residual"] == trained().metadata["residual"]
-    shown = CliRunner().invoke(app, ["inspect", str(path)])
-    assert "network residual" in shown.output
-    assert "width 8, n_steps 60" in shown.output
+    assert "8 units" in CliRunner().invoke(app, ["inspect", str(path)]).output
     save_docking_model(closed(), path)
     assert load_docking_model(path).residual is None
-    assert "none" in CliRunner().invoke(app, ["inspect", str(path)]).output
+    assert "8 units" not in CliRunner().invoke(app, ["inspect", str(path)]).output
 
 
 def test_broken_residuals_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.docking"
-    weights = random_residual().weights
+    path, good = tmp_path / "m.docking", random_residual()
     for change, message in (
-        ({"out": np.zeros((8, 3))}, "other shapes of residual_out"),
-        ({"bias": np.zeros(9)}, "other shapes of residual_shape"),
+        ({"out": np.zeros((3, 8))}, "other shapes of residual_out"),
+        ({"hidden": replace(good.hidden, bias=np.zeros(9))}, "other shapes of residual_shape"),
+        ({"hidden": replace(good.hidden, first=np.zeros((3, 8)))}, "other shapes of residual_first"),
     ):
-        save_docking_model(replace(closed(), residual=Residual({**weights, **change})), path)
+        save_docking_model(replace(closed(), residual=replace(good, **change)), path)  # type: ignore[arg-type]
         with pytest.raises(ModelError, match=message):
             load_docking_model(path)
-    save_docking_model(replace(closed(), residual=Residual({"bias": weights["bias"]})), path)
-    with pytest.raises(ModelError, match="do not belong together"):
-        load_docking_model(path)
-    broken = Residual({**weights, "hidden": np.full((8, 8), np.nan)})
-    with pytest.raises(ModelError, match="found others in residual_hidden"):
+    broken = replace(good, out=np.full((2, 8), np.nan))
+    with pytest.raises(ModelError, match="found others in residual_out"):
         save_docking_model(replace(closed(), residual=broken), path)
 
     class Other:
@@ -330,19 +309,17 @@ def test_broken_residuals_are_refused(tmp_path: Path) -> None:
         save_docking_model(replace(closed(), residual=Other()), path)
 
 
-def test_dock_fit_trains_one_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from openmm_diffforce.docking import dock_run, residual_fit
-    from openmm_diffforce.docking.complex import pdb_text
-
+def test_dock_fit_fits_one_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for one in complexes():
         text = pdb_text(one.receptor) + pdb_text(one.ligand)
         (tmp_path / f"{one.name}.pdb").write_text(text + "END\n")
-    monkeypatch.setattr(dock_run, "DockingFit", lambda: SETTINGS)
-    monkeypatch.setattr(residual_fit, "ResidualFit", lambda: replace(NETWORK, n_steps=2))
+    assert dock_run.DockingFit is DockingFit  # imported before the name is changed
+    monkeypatch.setattr(learning, "DockingFit", lambda network: replace(SETTINGS, network=network))
     out = tmp_path / "m.docking"
-    done = CliRunner().invoke(app, ["dock-fit", str(tmp_path), "--out", str(out), "--network", "--quiet"])
+    call = ["dock-fit", str(tmp_path), "--out", str(out), "--quiet", "--network"]
+    done = CliRunner().invoke(app, [*call, "4"])
     assert done.exit_code == 0, done.output
     metadata, arrays, _ = read_docking_file(out)
-    assert metadata["training"]["residual"]["settings"]["n_steps"] == 2
-    assert arrays["residual_out"].shape == (8, 2)
-    assert len(RESIDUES) == 20
+    assert metadata["training"]["settings"]["network"] == 4
+    assert arrays["residual_out"].shape == (2, 4)
+    assert CliRunner().invoke(app, [*call, "-1"]).exit_code == 2

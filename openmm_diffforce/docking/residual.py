@@ -314,7 +314,7 @@ class Residual:
             table = pair_table(complex_, poses[part], lengths, gradient=gradient)
             units, pulls = self.hidden.of_pairs(table, gradient=gradient)
             out = (levels[part] @ self.out)[table.pose]
-            energy[part] = table.sums((units * out).sum(axis=1)).sum(axis=1)
+            energy[part] = table.sums((units * out).sum(axis=1)) @ np.ones(len(units))
             if table.slopes is not None:
                 pull = np.stack([(p * out).sum(axis=1) for p in pulls], axis=1)
                 push = (pull[:, :, None] * table.slopes).sum(axis=1)
