@@ -64,7 +64,7 @@ def closed() -> ResidueModel:
 
 
 def random_residual() -> Residual:
-    return Residual(HiddenLayer.drawn(8, 0), np.random.default_rng(0).standard_normal((2, 8)))
+    return Residual(HiddenLayer.drawn(8, 0), 0.1 * np.random.default_rng(0).standard_normal((2, 8)))
 
 
 def with_random() -> ResidueModel:
@@ -117,6 +117,28 @@ def test_divergences_are_those_of_the_scores() -> None:
     for a, b, c in zip(found, want, closed().bound_to(one).divergence(poses, t), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-1)
         assert np.abs(a - c).max() > 10
+
+
+def test_laplacians_are_second_differences() -> None:
+    one, poses, residual, h = tiny_complex(5), some_poses(6), random_residual(), 1e-4
+    levels = np.random.default_rng(1).uniform(size=(6, 2))
+    found = residual.laplacians(one, poses, levels, LENGTHS)
+    want = np.zeros((6, 2))
+    for k in range(3):
+        step = np.zeros((6, 3))
+        step[:, k] = h
+        for part, move in enumerate(((0 * step, step), (step, 0 * step))):
+            up, down = (
+                residual.evaluate(
+                    one, poses.perturbed(*(s * v for v in move)), levels, LENGTHS, gradient=True
+                )[1]
+                for s in (1, -1)
+            )
+            assert up is not None
+            assert down is not None
+            want[:, part] += (up - down)[:, k + 3 * part] / (2 * h)
+    assert np.abs(want).min(axis=0).max() > 1
+    assert found == pytest.approx(want, rel=1e-5, abs=1e-3)
 
 
 def test_frames_and_the_exchange_of_partners_do_not_matter() -> None:
@@ -174,10 +196,10 @@ def test_nothing_beyond_the_cutoff_and_no_jump_at_it() -> None:
     assert (np.asarray(found[1]) == 0).all()
     raw, own, zero = np.full((2, N_RAW), 0.5), np.ones((1, 5)), np.zeros(2, dtype=np.int64)
     raw[:, 0] = CUTOFF - 1e-3, CUTOFF + 0.1
-    table = PairTable(np.array([0, 2]), raw, zero, zero, own, own, None)
+    table = PairTable(np.array([0, 2]), raw, zero, zero, own, own, None, None)
     units, slopes = random_residual().hidden.of_pairs(table, gradient=True)
-    assert 0 < np.abs(units[0]).max() < 1e-7
-    assert np.abs(slopes[0][0]).max() < 1e-3
+    assert 0 < np.abs(units[0]).max() < 1e-6
+    assert np.abs(slopes[0][0]).max() < 3e-3
     assert (units[1] == 0).all()
     assert all((s[1] == 0).all() for s in slopes)
 
@@ -268,6 +290,8 @@ def test_fits_are_reproducible_and_cross_validated() -> None:
     for a, b, c in zip(strong, weak, none, strict=True):
         assert b.score_r2 == pytest.approx(c.score_r2, abs=1e-5)
         assert a.score_r2 != pytest.approx(c.score_r2, abs=1e-5)
+    with pytest.raises(InputError, match="the 0 network units of the settings, found 8"):
+        fit_docking_model(settings=replace(SETTINGS, network=0), data=data())
     with pytest.raises(InputError, match="network: expected a whole number >= 0, found -1"):
         DockingFit(network=-1)
     with pytest.raises(InputError, match="network_weight: expected a finite number >= 1e-06, found nan"):

@@ -269,9 +269,17 @@ def solve_level(data: DockingData, settings: DockingFit, level: int, use: Sequen
 
     Raises
     ------
+    InputError
+        If the data have no network of the settings' width.
     ConvergenceError
         If Newton's method does not converge in 100 steps.
     """
+    units = 0 if data.hidden is None else data.hidden.width
+    if units != settings.network:
+        raise InputError(
+            f"docking fit: expected data with the {settings.network} network units of the settings, found "
+            f"{units}; prepare them again."
+        )
     scale = _scales(data, settings)
     eye = np.eye(len(scale))
     normal = np.mean([data.levels[k][level].normal for k in use], axis=0) * np.outer(scale, scale)
@@ -399,7 +407,7 @@ def cross_validate(
     ----------
     data : DockingData
     settings : DockingFit
-        ``ridge`` and ``decoy_weight`` may differ from those of the data; the rest may not.
+        ``ridge``, ``decoy_weight`` and ``network_weight`` may differ from those of the data; the rest may not.
     clusters : sequence of int, optional
         Cluster of every complex (related ones are left out together); each its own by default.
 

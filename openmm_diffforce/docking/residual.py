@@ -1,28 +1,33 @@
-r"""A network between residues that corrects the closed form: what pair splines cannot say.
+r"""A network between residues that corrects the pair splines: what distances alone cannot say.
 
-.. math:: S(\mathrm{pose}, \sigma) = S_{closed}(\mathrm{pose}, \sigma)
-          + \sum_{i \in R} \sum_{j \in L} w(d_{ij})
-          \left[f_\theta(x_{ij}, z_i, z_j) + f_\theta(x_{ij}, z_j, z_i)\right]_\sigma,
-          \qquad w(d) = (1 - d^2 / r_c^2)^3
+.. math:: S(\mathrm{pose}, \sigma) = S_{splines}(\mathrm{pose}, \sigma)
+          + \sum_{i \in R} \sum_{j \in L} w(d_{ij})\, c_\sigma \cdot
+          \left[\phi(A x_{ij} + B z_i + C z_j + b) + \phi(A x_{ij} + B z_j + C z_i + b)\right]
 
-over pairs with a C-beta distance d below r_c. The network f sees a pair as
+over pairs with a C-beta distance d below r_c, with the fade w(d) = (1 - d^2 / r_c^2)^3 and phi(v) =
+v / (1 + exp(-v)).
 
-====== ==========================================================================================
-symbol what it is
-====== ==========================================================================================
-x_ij   bumps of the C-beta, C-alpha and side-chain distances, and the cosine between the directions
-       C-alpha to C-beta of both residues
-z_i    the cosine of that direction of i with the direction to j, the burial of i in its own partner,
-       and :data:`DESCRIPTORS` of its type
-====== ==========================================================================================
+============ ====================================================================================
+symbol       what it is
+============ ====================================================================================
+x_ij         bumps of the C-beta, C-alpha and side-chain distances, and the cosine between the
+             directions C-alpha to C-beta of both residues
+z_i          the cosine of that direction of i with the direction to j, the burial of i in its own
+             partner, and :data:`DESCRIPTORS` of its type
+A, B, C, b   hidden layer, drawn at random once
+c_sigma      output layer of a noise level, fitted
+============ ====================================================================================
 
-has two hidden layers and one output for each noise level. Burial is the number of C-alpha within 1.3 nm on
-the side chain's side (half-sphere exposure): a constant of a rigid partner. Everything is a function of
-distances and angles within the complex, so that frames do not matter, and the sum over both orders makes
-the partners equal. It is an energy: scores are its derivatives. Everything is in nm, rad and kT.
+The output layer is fitted together with the splines, in the same convex problem (:mod:`~.learning`). Burial
+is the number of C-alpha within 1.3 nm on the side chain's side (half-sphere exposure): a constant of a rigid
+partner. Everything is a function of distances and angles within the complex, so that frames do not matter,
+and the sum over both orders makes the partners equal. It is an energy: scores are its derivatives, by hand.
+Everything is in nm, rad and kT.
 
 References
 ----------
+A. Rahimi and B. Recht, Weighted sums of random kitchen sinks: replacing minimization with randomization in
+learning, 2008 (networks with a random hidden layer).
 T. Hamelryck, An amino acid has two sides: a new 2D measure provides a different view of solvent exposure,
 2005, doi:10.1002/prot.20379.
 """
@@ -66,7 +71,7 @@ DESCRIPTORS: FloatArray = np.array(
 )  # fmt: skip
 """Charge, hydropathy (Kyte and Doolittle), size and aromaticity of a residue type, shape (20, 4)."""
 
-GAINS = (1.0, 0.6, 0.6, 0.5)
+GAINS = (4.0, 0.6, 0.6, 1.0)
 """Standard deviations of the hidden layer's weights: of a pair, of either residue, and of the bias."""
 
 N_RAW = 6
@@ -78,6 +83,11 @@ N_OWN = 2 + DESCRIPTORS.shape[1]
 
 CHUNK = 32
 """Poses in one pass of the network."""
+
+
+def _dot(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Row by row; b may be one row for all."""
+    return np.asarray(a @ b if b.ndim == 1 else np.einsum("pw,pw->p", a, b))
 
 
 def _directions(partner: Partner) -> FloatArray:
@@ -116,6 +126,8 @@ class PairTable:
         Burial and descriptors.
     slopes : numpy.ndarray, shape (n_pairs, 6, 6), or None
         Derivatives of ``raw`` by a shift [1/nm] and by a turn about the pose's centre [1/rad].
+    laplacians : numpy.ndarray, shape (n_pairs, 6, 2), or None
+        Sums of second derivatives of ``raw`` over the three shifts and over the three turns.
     """
 
     start: IntArray
@@ -125,6 +137,7 @@ class PairTable:
     receptor_own: FloatArray
     ligand_own: FloatArray
     slopes: FloatArray | None
+    laplacians: FloatArray | None
 
     @property
     def pose(self) -> IntArray:
@@ -147,11 +160,17 @@ def pair_table(complex_: Complex, poses: Poses, lengths: FloatArray, *, gradient
     lengths : numpy.ndarray, shape (20,)
         :func:`~.residue_model.side_chain_lengths`.
     gradient : bool
-        Whether ``slopes`` are asked for.
+        Whether ``slopes`` and ``laplacians`` are asked for.
 
     Returns
     -------
     PairTable
+
+    Notes
+    -----
+    With y the vector of a pair, n = y / d, a the arm of the ligand's point, and c = u . n, the Hessian of
+    u . n by y is -(u n^T + n u^T + c - 3 c n n^T) / d^2. Turns move the point by e x a and e x (e x a), of
+    which the sums over three directions are |a|^2 - a a^T (outer products) and -2 a.
     """
     receptor, ligand, c = complex_.receptor, complex_.ligand, complex_.ligand.centre
     moved = placed(ligand.sites[:, 3], c, poses)
@@ -160,27 +179,41 @@ def pair_table(complex_: Complex, poses: Poses, lengths: FloatArray, *, gradient
     pose, i, j = found.pose[order], found.receptor[order], found.ligand[order]
     middle = (c + poses.translation)[pose]
     raw, slopes = np.empty((len(pose), N_RAW)), np.zeros((len(pose), N_RAW, 6))
+    laplacians = np.zeros((len(pose), N_RAW, 2))
     for k, site in enumerate(BUMPS):
         x = placed(site_points(ligand, site, lengths), c, poses)[pose, j]
         away = x - site_points(receptor, site, lengths)[i]
         raw[:, k] = np.linalg.norm(away, axis=1)
-        unit = away / np.maximum(raw[:, k], 1e-9)[:, None]
+        d = np.maximum(raw[:, k], 1e-9)[:, None]
+        unit, lever = away / d, x - middle
         if k == 0:
-            n, arm, distance = unit, x - middle, np.maximum(raw[:, 0], 1e-9)[:, None]
+            n, a, distance = unit, lever, d
         if gradient:
-            slopes[:, k] = np.concatenate([unit, np.cross(x - middle, unit)], axis=1)
+            slopes[:, k] = np.concatenate([unit, np.cross(lever, unit)], axis=1)
+            across = (slopes[:, k, 3:] ** 2).sum(axis=1)
+            laplacians[:, k, 0] = 2 / d[:, 0]
+            laplacians[:, k, 1] = (2 * _dot(lever, lever) - across) / d[:, 0] - 2 * _dot(unit, lever)
     u = _directions(receptor)[i]
     v = (_directions(ligand) @ np.swapaxes(poses.rotation, 1, 2))[pose, j]
-    raw[:, 3], raw[:, 4], raw[:, 5] = (u * n).sum(axis=1), -(v * n).sum(axis=1), (u * v).sum(axis=1)
+    raw[:, 3], raw[:, 4], raw[:, 5] = _dot(u, n), -_dot(v, n), _dot(u, v)
     if gradient:
         # n turns by the part of a displacement across it, v with the ligand.
-        for k, (sign, w) in enumerate(((1, u), (-1, v)), start=3):
-            across = (sign * w - raw[:, k : k + 1] * n) / distance
-            slopes[:, k] = np.concatenate([across, np.cross(arm, across)], axis=1)
+        for k, w in ((3, u), (4, -v)):
+            cosine, d = raw[:, k], distance[:, 0]
+            across = (w - cosine[:, None] * n) / distance
+            slopes[:, k] = np.concatenate([across, np.cross(a, across)], axis=1)
+            laplacians[:, k, 0] = -2 * cosine / d**2
+            na, wa, aa = _dot(n, a), _dot(w, a), _dot(a, a)
+            laplacians[:, k, 1] = (2 * wa * na - cosine * aa - 3 * cosine * na**2) / d**2 - 2 * _dot(
+                across, a
+            )
         slopes[:, 4, 3:] -= np.cross(v, n)
+        laplacians[:, 4, 1] += 2 * (wa + cosine * na) / d - 2 * cosine
         slopes[:, 5, 3:] = np.cross(v, u)
+        laplacians[:, 5, 1] = -2 * raw[:, 5]
     start = np.searchsorted(pose, np.arange(len(poses) + 1))
-    return PairTable(start, raw, i, j, _own(receptor), _own(ligand), slopes if gradient else None)
+    more = (slopes, laplacians) if gradient else (None, None)
+    return PairTable(start, raw, i, j, _own(receptor), _own(ligand), *more)
 
 
 @dataclass(frozen=True)
@@ -211,34 +244,82 @@ class HiddenLayer:
         """Hidden units."""
         return len(self.bias)
 
-    def of_pairs(self, table: PairTable, *, gradient: bool) -> tuple[FloatArray, list[FloatArray]]:
-        """Faded units [n_pairs, width] of both orders, and their derivatives by the columns of ``raw``."""
-        raw = table.raw
-        z, bends, row = self.bias + raw[:, 5:6] * self.shape[-1], [], 0
+    def _orders(
+        self, table: PairTable, order: int
+    ) -> Iterator[tuple[FloatArray, list[FloatArray], list[FloatArray]]]:
+        """Both orders: input of the units [n_pairs, width], its first and its second derivatives by ``raw``.
+
+        Second derivatives by different columns, and by the cosines, are zero.
+        """
+        raw, row = table.raw, 0
+        z: FloatArray = self.bias + raw[:, 5:6] * self.shape[-1]
+        slopes, bends = [], []
         for k, (low, step, n) in enumerate(BUMPS.values()):
             away = (raw[:, k : k + 1] - low) / step - np.arange(n)
-            bump = np.exp(-0.5 * away**2)
-            z = z + bump @ self.shape[row : row + n]
-            if gradient:
-                bends.append((-away * bump / step) @ self.shape[row : row + n])
+            bump, weights = np.exp(-0.5 * away**2), self.shape[row : row + n]
+            z = z + bump @ weights
+            if order > 0:
+                slopes.append((-away * bump / step) @ weights)
+            if order > 1:
+                bends.append(((away**2 - 1) * bump / step**2) @ weights)
             row += n
-        total, slopes = np.zeros_like(z), [np.zeros_like(z) for _ in range(N_RAW)]
         for one, other in ((self.first, self.second), (self.second, self.first)):
             x = z + raw[:, 3:4] * one[0] + raw[:, 4:5] * other[0]
             x += (table.receptor_own @ one[1:])[table.receptor] + (table.ligand_own @ other[1:])[table.ligand]
+            yield x, [*slopes, one[0], other[0], self.shape[-1]], bends
+
+    def of_pairs(self, table: PairTable, *, gradient: bool) -> tuple[FloatArray, list[FloatArray]]:
+        """Faded units [n_pairs, width] of both orders, and their derivatives by the columns of ``raw``."""
+        fade, fall, _ = (f[:, None] for f in _fade(table.raw[:, 0]))
+        total = np.zeros((len(table.raw), self.width))
+        slopes = [np.zeros_like(total) for _ in range(N_RAW)] if gradient else []
+        for x, by, _ in self._orders(table, int(gradient)):
             gate = 1 / (1 + np.exp(-x))
             total += x * gate
-            if gradient:
-                slope = gate * (1 + x * (1 - gate))
-                for k, by in enumerate((*bends, one[0], other[0], self.shape[-1])):
-                    slopes[k] += slope * by
-        inside = np.maximum(1 - (raw[:, :1] / CUTOFF) ** 2, 0.0)
-        fade, fall = inside**3, -6 * raw[:, :1] / CUTOFF**2 * inside**2
-        if not gradient:
-            return fade * total, []
+            slope = gate * (1 + x * (1 - gate))
+            for k in range(len(slopes)):
+                slopes[k] += slope * by[k]
         slopes = [fade * s for s in slopes]
-        slopes[0] += fall * total
+        if gradient:
+            slopes[0] += fall * total
         return fade * total, slopes
+
+    def curvature(self, table: PairTable, out: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """First [n_pairs, 6] and second [n_pairs, 6, 6] derivatives by ``raw`` of the energies of pairs.
+
+        ``out`` [n_pairs, width] is the output layer of every pair.
+        """
+        n = len(table.raw)
+        total, pull, hessian = np.zeros(n), np.zeros((n, N_RAW)), np.zeros((n, N_RAW, N_RAW))
+        for x, by, bends in self._orders(table, 2):
+            gate = 1 / (1 + np.exp(-x))
+            total += _dot(x * gate, out)
+            slope = out * gate * (1 + x * (1 - gate))
+            bend = out * gate * (1 - gate) * (2 + x * (1 - 2 * gate))
+            for k in range(N_RAW):
+                pull[:, k] += _dot(slope, by[k])
+                turned = bend * by[k]
+                for m in range(k, N_RAW):
+                    hessian[:, k, m] += _dot(turned, by[m])
+            for k, more in enumerate(bends):
+                hessian[:, k, k] += _dot(slope, more)
+        for k in range(N_RAW):
+            hessian[:, k + 1 :, k] = hessian[:, k, k + 1 :]
+        fade, fall, bow = _fade(table.raw[:, 0])
+        hessian *= fade[:, None, None]
+        hessian[:, 0] += fall[:, None] * pull
+        hessian[:, :, 0] += fall[:, None] * pull
+        hessian[:, 0, 0] += bow * total
+        pull *= fade[:, None]
+        pull[:, 0] += fall * total
+        return pull, hessian
+
+
+def _fade(d: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """w(d) and its first two derivatives."""
+    inside = np.maximum(1 - (d / CUTOFF) ** 2, 0.0)
+    fall = -6 * d / CUTOFF**2 * inside**2
+    return inside**3, fall, -6 * inside**2 / CUTOFF**2 + 24 * d**2 / CUTOFF**4 * inside
 
 
 def network_features(
@@ -320,6 +401,34 @@ class Residual:
                 push = (pull[:, :, None] * table.slopes).sum(axis=1)
                 slopes[part] = table.sums(np.ones(len(push))) @ push
         return energy, slopes if gradient else None
+
+    def laplacians(
+        self, complex_: Complex, poses: Poses, levels: FloatArray, lengths: FloatArray
+    ) -> FloatArray:
+        """Sums of second derivatives of the energy over three shifts and over three turns, exact.
+
+        Parameters
+        ----------
+        complex_, poses, levels, lengths
+            As in :meth:`evaluate`.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_poses, 2)
+            [kT/nm^2], [kT/rad^2]
+        """
+        found = np.zeros((len(poses), 2))
+        for part in _chunks(len(poses)):
+            table = pair_table(complex_, poses[part], lengths, gradient=True)
+            assert table.slopes is not None
+            assert table.laplacians is not None
+            pull, hessian = self.hidden.curvature(table, (levels[part] @ self.out)[table.pose])
+            each = (pull[:, :, None] * table.laplacians).sum(axis=1)
+            for k, of in enumerate((slice(0, 3), slice(3, 6))):
+                slopes = table.slopes[:, :, of]
+                each[:, k] += ((hessian @ slopes) * slopes).sum(axis=(1, 2))
+            found[part] = table.sums(np.ones(len(each))) @ each
+        return found
 
 
 def _chunks(n: int) -> Iterator[slice]:

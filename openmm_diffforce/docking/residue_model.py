@@ -32,7 +32,6 @@ from ..errors import InputError
 from .complex import RESIDUES, Complex, FloatArray, IntArray, Partner
 from .contacts import near_pairs, placed
 from .rigid import Poses, RigidSchedule
-from .rigid_energy import score_divergence
 
 N_TYPES = len(RESIDUES)
 
@@ -352,6 +351,12 @@ class Correction(Protocol):
         """Energy [n_poses], and its derivatives by shift and turn [n_poses, 6] if asked for."""
         ...
 
+    def laplacians(
+        self, complex_: Complex, poses: Poses, levels: FloatArray, lengths: FloatArray
+    ) -> FloatArray:
+        """Sums of second derivatives over shifts and over turns [n_poses, 2]."""
+        ...
+
 
 @dataclass(frozen=True)
 class ResidueModel:
@@ -431,7 +436,7 @@ class ResidueModel:
         return energy, -push[:3].T, -push[3:].T
 
     def divergences(self, complex_: Complex, poses: Poses, sigma: Any) -> tuple[FloatArray, FloatArray]:
-        r"""Divergences of both scores: exact for the closed form, by central differences for a residual.
+        r"""Divergences of both scores, exact.
 
         With a = x - c - tau the arm of a ligand point and n the unit vector of a pair,
 
@@ -455,17 +460,10 @@ class ResidueModel:
             turn = (2 * (p.arm**2).sum(axis=1) - cross) / d - 2 * along
             div_tr -= np.bincount(p.pose, bend + 2 * du / d, minlength=n)
             div_rot -= np.bincount(p.pose, bend * cross + du * turn, minlength=n)
-        if (residual := self.residual) is not None:
+        if self.residual is not None:
             levels = self._level_weights(_noise(sigma, n))
-
-            def scores(moved: Poses, _: Any) -> tuple[FloatArray, FloatArray, None]:
-                repeated = np.tile(levels, (len(moved) // n, 1))
-                _, slopes = residual.evaluate(complex_, moved, repeated, self.lengths, gradient=True)
-                assert slopes is not None
-                return -slopes[:, :3], -slopes[:, 3:], None
-
-            more_tr, more_rot = score_divergence(scores, poses, 0.0, max_batch=13 * n)
-            div_tr, div_rot = div_tr + more_tr, div_rot + more_rot
+            more = self.residual.laplacians(complex_, poses, levels, self.lengths)
+            div_tr, div_rot = div_tr - more[:, 0], div_rot - more[:, 1]
         return div_tr, div_rot
 
     def _pairs(
