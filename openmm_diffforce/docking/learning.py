@@ -407,7 +407,7 @@ def cross_validate(
     ----------
     data : DockingData
     settings : DockingFit
-        ``ridge``, ``decoy_weight`` and ``network_weight`` may differ from those of the data; the rest may not.
+        ``ridge`` and the two weights may differ from those of the data; the rest may not.
     clusters : sequence of int, optional
         Cluster of every complex (related ones are left out together); each its own by default.
 
