@@ -24,6 +24,11 @@ partner. Everything is a function of distances and angles within the complex, so
 and the sum over both orders makes the partners equal. It is an energy: scores are its derivatives, by hand.
 Everything is in nm, rad and kT.
 
+On 15 training complexes, each left out with its relatives, 64 units raise the area under the curve of the
+energy head by 0.005 with a standard error of 0.002 (0.925 to 0.930), and the rank correlation by 0.009
+(0.004); the share of the noise's score that is explained, and that of decoy sets whose best is near-native,
+do not change beyond their errors. :data:`GAINS` was chosen on the same complexes.
+
 References
 ----------
 A. Rahimi and B. Recht, Weighted sums of random kitchen sinks: replacing minimization with randomization in
