@@ -138,7 +138,7 @@ def test_laplacians_are_second_differences() -> None:
             assert down is not None
             want[:, part] += (up - down)[:, k + 3 * part] / (2 * h)
     assert np.abs(want).min(axis=0).max() > 1
-    assert found == pytest.approx(want, rel=1e-5, abs=1e-3)
+    assert found == pytest.approx(want, rel=1e-4, abs=1e-2)
 
 
 def test_frames_and_the_exchange_of_partners_do_not_matter() -> None:
