@@ -436,11 +436,14 @@ def _inspect_docking(path: Path, quiet: bool, as_json: bool) -> None:
         "SHA-256": digest,
         "noise levels": ", ".join(f"{s:g} nm" for s in arrays["sigmas"]),
         "distances": ", ".join(metadata["sites"]),
+        "network residual": f"{len(arrays['residual_bias'])} units" if "residual_bias" in arrays else "none",
         "units": ", ".join(f"{k} {v}" for k, v in metadata["units"].items()),
         "written by": ", ".join(f"{k} {v}" for k, v in metadata["versions"].items()),
         "fitted to": ", ".join(training.get("trained_on", [])),
         "fit": ", ".join(
-            f"{k} {settings[k]}" for k in ("ridge", "decoy_weight", "n_noised") if k in settings
+            f"{k} {settings[k]}"
+            for k in ("ridge", "decoy_weight", "n_noised", "network_weight")
+            if k in settings
         ),
     }.items():
         table.add_row(Text(name), Text(text, overflow="fold"))
@@ -1106,18 +1109,22 @@ def dock_fit(
     ] = "",
     receptor: Annotated[str, typer.Option(help="Chains of the receptor.")] = "A",
     ligand: Annotated[str, typer.Option(help="Chains of the ligand, which moves.")] = "B",
+    network: Annotated[
+        int, typer.Option(min=0, help="Units of a network that corrects the pair splines; 0 for none.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Every random number follows from it.")] = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit a docking energy to native complexes (about ten seconds of one core each)."""
     from .docking.dock_run import run_docking_fit, structure_files
+    from .docking.learning import DockingFit
 
     files = structure_files(folder, only.split(",") if only else None)
     with _stages(quiet or as_json) as report:
         run = run_docking_fit(
             files, out, receptor=receptor, ligand=ligand, seed=seed, progress=report,
-            together=together.split(",") if together else (),
+            together=together.split(",") if together else (), settings=DockingFit(network=network),
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({"model": str(run.path), "sha256": run.sha256, "names": list(run.names),

@@ -218,7 +218,7 @@ def test_far_apart_nothing_acts_and_the_contract_holds() -> None:
 def test_the_closed_form_is_the_minimum_of_its_loss() -> None:
     settings = replace(SETTINGS, decoy_weight=0.0)
     c = solve_level(data(), settings, 0, range(4))
-    scale = learning._scales(data())
+    scale = learning._scales(data(), SETTINGS)
 
     def loss(c: np.ndarray) -> float:
         fit = np.mean([c @ d[0].normal @ c / 2 - d[0].right @ c for d in data().levels])
@@ -232,7 +232,7 @@ def test_the_closed_form_is_the_minimum_of_its_loss() -> None:
 
 def test_with_decoys_the_slope_vanishes_at_the_solution() -> None:
     c = solve_level(data(), SETTINGS, 1, range(4))
-    scale = learning._scales(data())
+    scale = learning._scales(data(), SETTINGS)
 
     def loss(c: np.ndarray) -> float:
         total = SETTINGS.ridge / 2 * ((c / scale) ** 2).sum()

@@ -83,6 +83,7 @@ FLOORS: dict[str, float] = {
     "docking.metrics": 7.3,
     "docking.potentials": 7.3,
     "docking.residue_model": 7.3,
+    "docking.residual": 7.35,
     "docking.decoys": 7.4,
     "docking.model_file": 7.4,
     "docking.physics_score": 7.4,

@@ -18,6 +18,7 @@ _HOME = {
     "PoseMixture": "mixture",
     "PosePrior": "rigid",
     "Poses": "poses",
+    "Residual": "residual",
     "ResidueModel": "residue_model",
     "RigidSchedule": "rigid",
     "cross_validate": "learning",

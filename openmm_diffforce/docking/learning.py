@@ -10,6 +10,9 @@ at each noise level by itself. The first term is quadratic in the coefficients c
 linear system. With w > 0 decoys are looked at too: q_m is the noise kernel about the native pose of complex
 m, on its decoys, normalised over them, and pi_m is exp(-S) normalised in the same way. The score of the
 noise says how to get back from near the native pose; decoys say what lies elsewhere. Convex, by Newton.
+
+A network residual (:mod:`~.residual`) is linear in its output layer: its units are more columns of the same
+problem, and its coefficients are found together with those of the pair splines.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +28,7 @@ from .complex import Complex, FloatArray
 from .decoys import Decoys, make_decoys
 from .poses import Poses
 from .potentials import statistical_contacts
+from .residual import HiddenLayer, Residual, network_features
 from .residue_model import (
     HEAD_SIGMAS,
     N_COEFS,
@@ -61,6 +65,10 @@ class DockingFit:
         w; 0 is score matching alone, in closed form.
     n_sets, n_decoys : int
         Sets of decoys of every complex, and decoys of a set.
+    network : int
+        Units of the network residual; 0 is the closed form alone.
+    network_weight : float
+        Weight of the network in the prior, as that of a term.
     """
 
     sigmas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -70,19 +78,22 @@ class DockingFit:
     decoy_weight: float = 0.3
     n_sets: int = 3
     n_decoys: int = 200
+    network: int = 0
+    network_weight: float = 1.0
 
     def __post_init__(self) -> None:
         s = self.sigmas
         if not s or not all(np.isfinite(s)) or s[0] <= 0 or any(b <= a for a, b in pairwise(s)):
             raise InputError(f"sigmas: expected increasing widths > 0 [nm], found {s}.")
-        for name, least in (("radius", 1e-6), ("ridge", 1e-12), ("decoy_weight", 0.0)):
+        limits = (("radius", 1e-6), ("ridge", 1e-12), ("decoy_weight", 0.0), ("network_weight", 1e-6))
+        for name, least in limits:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and np.isfinite(value) and value >= least):
                 raise InputError(f"{name}: expected a finite number >= {least:g}, found {value!r}.")
-        for name in ("n_noised", "n_sets", "n_decoys"):
+        for name, fewest in (("n_noised", 1), ("n_sets", 1), ("n_decoys", 1), ("network", 0)):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise InputError(f"{name}: expected a whole number >= 1, found {value!r}.")
+            if not (isinstance(value, int) and value >= fewest):
+                raise InputError(f"{name}: expected a whole number >= {fewest}, found {value!r}.")
 
     def schedule(self) -> RigidSchedule:
         """From the first level to the last, geometric."""
@@ -116,6 +127,8 @@ class DockingData:
     decoys : tuple of tuple of Decoys
     levels : tuple of tuple of _Level
         Of each complex, of each noise level.
+    hidden : HiddenLayer, optional
+        Of the network residual; its units are the last columns of the features.
     """
 
     names: tuple[str, ...]
@@ -124,6 +137,7 @@ class DockingData:
     features: tuple[FloatArray, ...]
     decoys: tuple[tuple[Decoys, ...], ...]
     levels: tuple[tuple[_Level, ...], ...]
+    hidden: HiddenLayer | None = None
 
 
 def _checked(complexes: Sequence[Complex]) -> None:
@@ -136,8 +150,33 @@ def _checked(complexes: Sequence[Complex]) -> None:
         raise InputError(f"docking fit: expected native complexes, found none known for {', '.join(other)}.")
 
 
+def _features(
+    one: Complex,
+    poses: Poses,
+    lengths: FloatArray,
+    contact: FloatArray,
+    hidden: HiddenLayer | None,
+    gradient: bool,
+) -> tuple[FloatArray, FloatArray | None]:
+    """What the energy is linear in, and its slopes: pair splines, then the network's units."""
+    found, slopes = pair_potential_features(one, poses, lengths=lengths, contact=contact, gradient=gradient)
+    if hidden is None:
+        return found, slopes
+    more, steeper = network_features(hidden, one, poses, lengths, gradient=gradient)
+    found = np.concatenate([found, more], axis=1)
+    if slopes is None or steeper is None:
+        return found, None
+    return found, np.concatenate([slopes, steeper], axis=2)
+
+
 def _noised(
-    one: Complex, settings: DockingFit, sigma: float, lengths: FloatArray, contact: FloatArray, seed: Any
+    one: Complex,
+    settings: DockingFit,
+    sigma: float,
+    lengths: FloatArray,
+    contact: FloatArray,
+    hidden: HiddenLayer | None,
+    seed: Any,
 ) -> tuple[FloatArray, FloatArray, float]:
     """Normal equations of the weighted regression of slopes on the score of the noise."""
     turn = sigma / settings.radius
@@ -145,10 +184,10 @@ def _noised(
         Poses.identity(settings.n_noised), 1.0, schedule=RigidSchedule(sigma, turn),
         generator=np.random.default_rng(seed),
     )  # fmt: skip
-    _, slopes = pair_potential_features(one, found.poses, lengths=lengths, contact=contact, gradient=True)
+    _, slopes = _features(one, found.poses, lengths, contact, hidden, True)
     assert slopes is not None
     weights = np.repeat([sigma, turn], 3)
-    design = -(slopes * weights[:, None]).reshape(-1, N_COEFS)
+    design = -(slopes * weights[:, None]).reshape(-1, slopes.shape[2])
     target = (np.concatenate([found.tr_target, found.rot_target], axis=1) * weights).reshape(-1)
     n = len(target)
     return design.T @ design / n, design.T @ target / n, float(target @ target / n)
@@ -187,13 +226,14 @@ def prepare_docking_data(
     lengths = side_chain_lengths([p for c in complexes for p in (c.receptor, c.ligand)])
     points = [tuple(site_points(p, "sc", lengths) for p in (c.receptor, c.ligand)) for c in complexes]
     contact = statistical_contacts([(a, b) for a, b in points], complexes)
+    hidden = HiddenLayer.drawn(settings.network, seed) if settings.network else None
     features, decoys, levels = [], [], []
     for k, one in enumerate(complexes):
         sets = tuple(
             make_decoys(one, settings.n_decoys, seed=seed + m) for m in range(settings.n_sets)
         )  # fmt: skip
         poses = Poses.concatenate([d.poses for d in sets])
-        features.append(pair_potential_features(one, poses, lengths=lengths, contact=contact)[0])
+        features.append(_features(one, poses, lengths, contact, hidden, False)[0])
         angle = so3.angle(poses.rotation)
         mine = []
         for m, sigma in enumerate(settings.sigmas):
@@ -201,37 +241,52 @@ def prepare_docking_data(
             log_q = log_q - 0.5 * (poses.translation**2).sum(axis=1) / sigma**2
             q = np.exp(log_q - log_q.max())
             entropy = (seed, m, *one.name.encode())
-            mine.append(_Level(*_noised(one, settings, sigma, lengths, contact, entropy), q / q.sum()))
+            mine.append(
+                _Level(*_noised(one, settings, sigma, lengths, contact, hidden, entropy), q / q.sum())
+            )
         levels.append(tuple(mine))
         decoys.append(sets)
         if progress is not None:
             progress("noised poses and decoys", k + 1, len(complexes))
     return DockingData(
-        tuple(c.name for c in complexes), lengths, contact, tuple(features), tuple(decoys), tuple(levels)
+        tuple(c.name for c in complexes), lengths, contact, tuple(features), tuple(decoys), tuple(levels),
+        hidden,
     )  # fmt: skip
 
 
-def _scales(data: DockingData) -> FloatArray:
+def _scales(data: DockingData, settings: DockingFit) -> FloatArray:
     """Prior standard deviation of every coefficient at lambda = 1."""
     spread = np.sqrt(np.mean([f.var(axis=0) for f in data.features], axis=0))
     # A distance that no decoy has (overlap) is known from noised poses alone: no large coefficients there.
     spread = np.where(spread > 1e-2, spread, 1.0)
-    weights = np.concatenate([np.full(t.n_coefs, t.weight / np.sqrt(t.n_coefs)) for t in TERMS])
+    terms = [(t.weight, t.n_coefs) for t in TERMS]
+    if data.hidden is not None:
+        terms.append((settings.network_weight, data.hidden.width))
+    weights = np.concatenate([np.full(n, weight / np.sqrt(n)) for weight, n in terms])
     return weights / spread
 
 
 def solve_level(data: DockingData, settings: DockingFit, level: int, use: Sequence[int]) -> FloatArray:
-    """Coefficients at one noise level from the complexes of index ``use``, shape (n_coefs,).
+    """Coefficients at one noise level from the complexes of index ``use``; those of a network are last.
 
     Raises
     ------
+    InputError
+        If the data have no network of the settings' width.
     ConvergenceError
         If Newton's method does not converge in 100 steps.
     """
-    scale = _scales(data)
+    units = 0 if data.hidden is None else data.hidden.width
+    if units != settings.network:
+        raise InputError(
+            f"docking fit: expected data with the {settings.network} network units of the settings, found "
+            f"{units}; prepare them again."
+        )
+    scale = _scales(data, settings)
+    eye = np.eye(len(scale))
     normal = np.mean([data.levels[k][level].normal for k in use], axis=0) * np.outer(scale, scale)
     right = np.mean([data.levels[k][level].right for k in use], axis=0) * scale
-    c = np.linalg.solve(normal + settings.ridge * np.eye(N_COEFS), right)
+    c = np.linalg.solve(normal + settings.ridge * eye, right)
     if settings.decoy_weight == 0:
         return scale * c
     many = [(data.features[k] * scale, data.levels[k][level].target) for k in use]
@@ -246,7 +301,7 @@ def solve_level(data: DockingData, settings: DockingFit, level: int, use: Sequen
     value = value_of(c)
     for _ in range(100):
         slope = normal @ c - right + settings.ridge * c
-        curve = normal + settings.ridge * np.eye(N_COEFS)
+        curve = normal + settings.ridge * eye
         for f, q in many:
             s = -f @ c
             p = np.exp(s - s.max())
@@ -316,9 +371,10 @@ def fit_docking_model(
         "score_r2": [score_r_squared(data, c, m, everyone) for m, c in enumerate(coefs)],
         "contact": data.contact.tolist(),
     }  # fmt: skip
+    residual = None if data.hidden is None else Residual(data.hidden, coefs[:, N_COEFS:])
     return ResidueModel(
-        np.array(settings.sigmas), tables_from_coefs(coefs, data.contact), data.lengths,
-        settings.schedule(), metadata,
+        np.array(settings.sigmas), tables_from_coefs(coefs[:, :N_COEFS], data.contact), data.lengths,
+        settings.schedule(), metadata, residual,
     )  # fmt: skip
 
 
@@ -353,7 +409,7 @@ def cross_validate(
     ----------
     data : DockingData
     settings : DockingFit
-        ``ridge`` and ``decoy_weight`` may differ from those of the data; the rest may not.
+        ``ridge`` and the two weights may differ from those of the data; the rest may not.
     clusters : sequence of int, optional
         Cluster of every complex (related ones are left out together); each its own by default.
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .. import __version__
 from ..errors import InputError, ModelError
 from ..record import atomic_path, plain
 from .complex import RESIDUES
+from .residual import N_OWN, N_SHAPE, HiddenLayer, Residual
 from .residue_model import N_TYPES, SITES, ResidueModel
 from .rigid import RigidSchedule
 
@@ -29,6 +31,8 @@ FORMAT_VERSION = 2
 """Version of the file format; other versions are refused."""
 
 _DIGEST = 64
+_RESIDUAL = "residual_"
+"""What the names of a network's arrays begin with; a file without them holds the closed form alone."""
 _UNITS = {"length": "nm", "angle": "rad", "energy": "kT"}
 _REQUIRED = frozenset({
     "kind", "format_version", "units", "residues", "sites", "schedule", "versions", "training",
@@ -56,9 +60,18 @@ def save_docking_model(model: ResidueModel, path: str | os.PathLike[str]) -> str
     Raises
     ------
     ModelError
-        If a table is not finite, or the file cannot be written.
+        If a table is not finite, the residual is no network of this package, or the file cannot be written.
     """
     arrays = {"sigmas": model.sigmas, "lengths": model.lengths, **model.tables}
+    if isinstance(model.residual, Residual):
+        arrays |= {
+            _RESIDUAL + k: v for k, v in {**vars(model.residual.hidden), "out": model.residual.out}.items()
+        }
+    elif model.residual is not None:
+        raise ModelError(
+            f"docking model: expected a Residual or none, found {type(model.residual).__name__}, which this "
+            "file format does not hold."
+        )
     if bad := [k for k, v in arrays.items() if not np.isfinite(v).all()]:
         raise ModelError(f"docking model: expected finite numbers, found others in {', '.join(bad)}.")
     metadata = {
@@ -166,9 +179,16 @@ def load_docking_model(path: str | os.PathLike[str]) -> ResidueModel:
     try:
         sigmas = arrays["sigmas"]
         n = len(sigmas)
-        shapes = {"sigmas": (n,), "lengths": (N_TYPES,)} | {
+        shapes: dict[str, tuple[int, ...]] = {"sigmas": (n,), "lengths": (N_TYPES,)} | {
             name: (n, N_TYPES, N_TYPES, s.n) for name, s in SITES.items()
         }
+        residual = None
+        if any(name.startswith(_RESIDUAL) for name in arrays):
+            hidden = HiddenLayer(*(arrays[_RESIDUAL + f.name] for f in fields(HiddenLayer)))
+            residual, width = Residual(hidden, arrays[_RESIDUAL + "out"]), hidden.bias.size
+            inner = {"shape": (N_SHAPE, width), "first": (N_OWN, width), "second": (N_OWN, width),
+                     "bias": (width,), "out": (n, width)}  # fmt: skip
+            shapes |= {_RESIDUAL + k: v for k, v in inner.items()}
         if bad := [k for k, shape in shapes.items() if arrays[k].shape != shape]:
             raise ModelError(f"docking model {path}: expected other shapes of {', '.join(bad)}.")
         schedule = RigidSchedule.from_json(json.dumps(metadata["schedule"]))
@@ -176,5 +196,5 @@ def load_docking_model(path: str | os.PathLike[str]) -> ResidueModel:
         raise ModelError(f"docking model {path}: its parts do not belong together ({err}).") from err
     return ResidueModel(
         sigmas, {s: arrays[s] for s in SITES}, arrays["lengths"], schedule,
-        {**metadata["training"], "sha256": digest, "versions": metadata["versions"]},
+        {**metadata["training"], "sha256": digest, "versions": metadata["versions"]}, residual,
     )  # fmt: skip

@@ -24,7 +24,7 @@ Everything is in nm, rad and kT.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -338,6 +338,35 @@ def tables_from_coefs(coefs: FloatArray, contact: FloatArray) -> dict[str, Float
     return out
 
 
+def _noise(sigma: Any, n: int) -> FloatArray:
+    """Translation noise of each of n poses [nm]."""
+    if not n:
+        raise InputError("poses: expected at least one pose, found none.")
+    try:
+        noise = np.broadcast_to(np.asarray(sigma, dtype=np.float64), (n,))
+    except ValueError as err:
+        raise InputError(f"sigma: expected one number, or one for each of {n} poses; {err}.") from err
+    if not (np.isfinite(noise).all() and (noise >= 0).all()):
+        raise InputError(f"sigma: expected finite values >= 0 [nm], found {sigma!r}.")
+    return noise
+
+
+class Correction(Protocol):
+    """An energy that is added to the closed form, as :class:`~.residual.Residual`."""
+
+    def evaluate(
+        self, complex_: Complex, poses: Poses, levels: FloatArray, lengths: FloatArray, *, gradient: bool
+    ) -> tuple[FloatArray, FloatArray | None]:
+        """Energy [n_poses], and its derivatives by shift and turn [n_poses, 6] if asked for."""
+        ...
+
+    def laplacians(
+        self, complex_: Complex, poses: Poses, levels: FloatArray, lengths: FloatArray
+    ) -> FloatArray:
+        """Sums of second derivatives over shifts and over turns [n_poses, 2]."""
+        ...
+
+
 @dataclass(frozen=True)
 class ResidueModel:
     """The fitted energy at several noise levels.
@@ -355,6 +384,8 @@ class ResidueModel:
         Its lowest level is the first of ``sigmas``: p_0 is the density blurred by that much.
     metadata : dict
         How it was fitted, JSON-ready.
+    residual : Correction, optional
+        Added to the closed form.
     """
 
     sigmas: FloatArray
@@ -362,6 +393,7 @@ class ResidueModel:
     lengths: FloatArray
     schedule: RigidSchedule
     metadata: dict[str, Any]
+    residual: Correction | None = None
 
     def _level_weights(self, sigma: FloatArray) -> FloatArray:
         """Weights [n, n_levels] of linear interpolation in ln sigma."""
@@ -402,6 +434,12 @@ class ResidueModel:
             if p.pull is not None:
                 for m in range(6):
                     push[m] += np.bincount(p.pose, du * p.pull[:, m], minlength=n)
+        if self.residual is not None:
+            levels = self._level_weights(_noise(sigma, n))
+            more, slopes = self.residual.evaluate(complex_, poses, levels, self.lengths, gradient=gradient)
+            energy += more
+            if slopes is not None:
+                push += slopes.T
         if not gradient:
             return energy, None, None
         return energy, -push[:3].T, -push[3:].T
@@ -431,21 +469,17 @@ class ResidueModel:
             turn = (2 * (p.arm**2).sum(axis=1) - cross) / d - 2 * along
             div_tr -= np.bincount(p.pose, bend + 2 * du / d, minlength=n)
             div_rot -= np.bincount(p.pose, bend * cross + du * turn, minlength=n)
+        if self.residual is not None:
+            levels = self._level_weights(_noise(sigma, n))
+            more = self.residual.laplacians(complex_, poses, levels, self.lengths)
+            div_tr, div_rot = div_tr - more[:, 0], div_rot - more[:, 1]
         return div_tr, div_rot
 
     def _pairs(
         self, complex_: Complex, poses: Poses, sigma: Any, gradient: bool, second: bool
     ) -> Iterator[tuple["_SitePairs", FloatArray, FloatArray, FloatArray]]:
         """Pairs of every site with u, u' and (if asked for) u''."""
-        n = len(poses)
-        if not n:
-            raise InputError("poses: expected at least one pose, found none.")
-        try:
-            noise = np.broadcast_to(np.asarray(sigma, dtype=np.float64), (n,))
-        except ValueError as err:
-            raise InputError(f"sigma: expected one number, or one for each of {n} poses; {err}.") from err
-        if not (np.isfinite(noise).all() and (noise >= 0).all()):
-            raise InputError(f"sigma: expected finite values >= 0 [nm], found {sigma!r}.")
+        noise = _noise(sigma, len(poses))
         weights = self._level_weights(noise)
         same = bool((noise == noise[0]).all())
         for site, spline in SITES.items():
