@@ -371,7 +371,7 @@ def table(found: dict[str, Any]) -> list[str]:
         summary = summarise(scored_of(part["rows"]))
         n = sum(row[1] for row in part["notes"])
         lines += [
-            f"## Force field ({len(part['rows'])} complexes, the smallest first, {N_PHYSICS} decoys each)", "",
+            f"## Force field ({len(part['rows'])} complexes, small ones first, {N_PHYSICS} decoys each)", "",
             "amber14 with OBC2, residues within 1 nm of the partner, cutoff 1.2 nm, 20 minimiser steps: "
             f"{n} poses in {part['seconds']:.0f} s of processor time "
             f"({part['seconds'] / max(n, 1):.1f} s a pose), limit {part['limit']:.0f} s.", "",
