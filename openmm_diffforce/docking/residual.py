@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from scipy.special import expit
 
 from .complex import RESIDUES, Complex, FloatArray, IntArray, Partner
 from .contacts import near_pairs, placed
@@ -273,7 +274,7 @@ class HiddenLayer:
         total = np.zeros((len(table.raw), self.width))
         slopes = [np.zeros_like(total) for _ in range(N_RAW)] if gradient else []
         for x, by, _ in self._orders(table, int(gradient)):
-            gate = 1 / (1 + np.exp(-x))
+            gate = expit(x)
             total += x * gate
             slope = gate * (1 + x * (1 - gate))
             for k in range(len(slopes)):
@@ -291,7 +292,7 @@ class HiddenLayer:
         n = len(table.raw)
         total, pull, hessian = np.zeros(n), np.zeros((n, N_RAW)), np.zeros((n, N_RAW, N_RAW))
         for x, by, bends in self._orders(table, 2):
-            gate = 1 / (1 + np.exp(-x))
+            gate = expit(x)
             total += _dot(x * gate, out)
             slope = out * gate * (1 + x * (1 - gate))
             bend = out * gate * (1 - gate) * (2 + x * (1 - 2 * gate))
