@@ -20,7 +20,7 @@ from parts import Part, run_parts
 from rich.progress import track
 
 from openmm_diffforce.analysis import figure_bytes
-from openmm_diffforce.docking.complex import Complex, Partner, read_complex
+from openmm_diffforce.docking.complex import BACKBONE, Complex, Partner, read_complex
 from openmm_diffforce.docking.decoys import Decoys, make_decoys
 from openmm_diffforce.docking.learning import (
     DockingData,
@@ -44,7 +44,7 @@ from openmm_diffforce.docking.potentials import (
     contact_energy_score,
     miyazawa_jernigan,
 )
-from openmm_diffforce.docking.residue_model import BACKBONE, HEAD_SIGMAS, ResidueModel
+from openmm_diffforce.docking.residue_model import HEAD_SIGMAS, ResidueModel
 from openmm_diffforce.docking.scoring import (
     MEASURES,
     Score,

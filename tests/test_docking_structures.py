@@ -10,6 +10,7 @@ from scipy.stats import kstest
 
 from openmm_diffforce.docking import decoys as decoys_module
 from openmm_diffforce.docking.complex import (
+    RESIDUES,
     Complex,
     check_interface,
     pdb_text,
@@ -52,6 +53,11 @@ def test_a_complex_survives_its_file(tmp_path: Path) -> None:
         assert np.abs(a.atoms - b.atoms).max() < 1e-4
         # Glycine has no C-beta in the file: it is put back where it was.
         assert np.abs(a.sites - b.sites).max() < 3e-4
+        # Atoms up to C-beta: every side chain but alanine's and glycine's none is cut, and it is said.
+        names = [RESIDUES[t] for t in a.types]
+        cut = len(names) - names.count("ALA") - names.count("GLY")
+        assert f"{cut} of {len(names)} side chains lack atoms" in a.notes[0]
+        assert (a.side_chains()[1] == np.array([n == "ALA" for n in names])).all()
     packed = tmp_path / "two.pdb.gz"
     packed.write_bytes(gzip.compress((tmp_path / "one.pdb").read_bytes()))
     assert (read_complex(packed).ligand.atoms == found.ligand.atoms).all()

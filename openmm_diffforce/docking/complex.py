@@ -9,7 +9,7 @@ import gzip
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ ALIASES = {
     "CYX": "CYS", "CYM": "CYS", "SEC": "CYS", "ASH": "ASP", "GLH": "GLU", "LYN": "LYS",
 }  # fmt: skip
 """Other names of a residue type."""
+
+BACKBONE = frozenset({"N", "CA", "C", "O", "OXT"})
+"""Heavy atoms that are no side chain."""
+
+SIDE_CHAIN_ATOMS = np.array([1, 7, 4, 4, 2, 5, 5, 0, 6, 4, 4, 5, 4, 7, 3, 2, 3, 10, 8, 3])
+"""Heavy atoms of a whole side chain, by residue type."""
 
 SITES = ("N", "CA", "C", "CB")
 """Atoms of ``Partner.sites``."""
@@ -84,6 +90,18 @@ class Partner:
     def centre(self) -> FloatArray:
         """Mean of the C-alpha [nm]: the point about which a rigid body is turned."""
         return self.ca.mean(axis=0)
+
+    def side_chains(self) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+        """Mean of every side chain's heavy atoms [nm], shape (n_residues, 3), and which ones are whole.
+
+        Means of no atoms are zero; a glycine, which has none, is not whole.
+        """
+        side = np.array([name not in BACKBONE for name in self.atom_names])
+        owner = self.atom_residues[side]
+        n = np.bincount(owner, minlength=self.n_residues)
+        total = [np.bincount(owner, self.atoms[side, k], minlength=self.n_residues) for k in range(3)]
+        whole = (n > 0) & (n >= SIDE_CHAIN_ATOMS[self.types])
+        return np.stack(total, axis=1) / np.maximum(n, 1)[:, None], whole
 
     def moved(self, rotation: FloatArray, translation: FloatArray) -> "Partner":
         """The same partner at R (x - c) + c + tau."""
@@ -235,10 +253,17 @@ def _partner(atoms: Sequence[Atom], where: str) -> Partner:
         notes.append(f"{where}: left out {', '.join(f'{v} {k}' for k, v in unknown.items())}")
     if without_ca:
         notes.append(f"{where}: left out {without_ca} residues without a C-alpha")
-    return Partner(
+    found = Partner(
         np.array(types), np.array(sites, dtype=np.float64), tuple(labels), np.array(kept, dtype=np.float64),
-        tuple(names), np.array(owners), tuple(notes),
+        tuple(names), np.array(owners),
     )  # fmt: skip
+    cut = ~found.side_chains()[1] & (SIDE_CHAIN_ATOMS[found.types] > 0)
+    if cut.any():
+        notes.append(
+            f"{where}: {cut.sum()} of {len(cut)} side chains lack atoms; for the learned energy their "
+            "centres are put where those of their types are on average"
+        )
+    return replace(found, notes=tuple(notes))
 
 
 def _atoms_of(source: Any) -> tuple[list[Atom], str]:

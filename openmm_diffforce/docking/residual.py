@@ -43,10 +43,10 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 
-from .complex import RESIDUES, Complex, FloatArray, IntArray, Partner
+from .complex import RESIDUES, SIDE_CHAIN_ATOMS, Complex, FloatArray, IntArray, Partner
 from .contacts import near_pairs, placed
 from .poses import Poses
-from .residue_model import CHARGES, SIDE_CHAIN_ATOMS, site_points
+from .residue_model import CHARGES, site_points
 
 CUTOFF = 1.2
 """r_c: C-beta distance from which a pair adds nothing [nm]."""

@@ -60,11 +60,6 @@ HEAD_SIGMAS = (0.05, 0.1, 0.2, 0.4)
 """Noise levels [nm] whose energies are averaged in the energy head: low ones know the details of the
 interface, high ones the way to it. Chosen by cross-validation on training complexes."""
 
-BACKBONE = frozenset({"N", "CA", "C", "O", "OXT"})
-
-SIDE_CHAIN_ATOMS = np.array([1, 7, 4, 4, 2, 5, 5, 0, 6, 4, 4, 5, 4, 7, 3, 2, 3, 10, 8, 3])
-"""Heavy atoms of a whole side chain, by residue type."""
-
 
 @dataclass(frozen=True)
 class Spline:
@@ -160,16 +155,6 @@ SITES: dict[str, Spline] = {t.site: t.spline for t in TERMS if t.tie == "all"}
 """The finest spline of every site, in which tables are written."""
 
 
-def _side_chains(partner: Partner) -> tuple[FloatArray, Any]:
-    """Mean of every side chain's heavy atoms [nm], and which side chains are whole."""
-    side = np.array([name not in BACKBONE for name in partner.atom_names])
-    owner = partner.atom_residues[side]
-    n = np.bincount(owner, minlength=partner.n_residues)
-    total = [np.bincount(owner, partner.atoms[side, k], minlength=partner.n_residues) for k in range(3)]
-    whole = (n > 0) & (n >= SIDE_CHAIN_ATOMS[partner.types])
-    return np.stack(total, axis=1) / np.maximum(n, 1)[:, None], whole
-
-
 def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
     """Mean distance of the side chain's centre along C-alpha to C-beta, per residue type [nm], shape (20,).
 
@@ -177,7 +162,7 @@ def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
     """
     total, count = np.zeros(N_TYPES), np.zeros(N_TYPES)
     for p in partners:
-        centre, whole = _side_chains(p)
+        centre, whole = p.side_chains()
         ray = p.sites[:, 3] - p.ca
         has = whole & (np.linalg.norm(ray, axis=1) > 0)
         along = ((centre - p.ca) * ray)[has].sum(axis=1) / np.linalg.norm(ray[has], axis=1)
@@ -203,7 +188,7 @@ def site_points(partner: Partner, site: str, lengths: FloatArray) -> FloatArray:
     ray = partner.sites[:, 3] - partner.ca
     ray = ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9)
     guess = partner.ca + lengths[partner.types][:, None] * ray
-    centre, whole = _side_chains(partner)
+    centre, whole = partner.side_chains()
     return np.where(whole[:, None], centre, guess)
 
 
