@@ -37,7 +37,7 @@ settings = DockingFit(n_noised=arguments.noised, n_decoys=arguments.decoys, n_se
 model = fit_docking_model(natives, settings, seed=1)
 print(f"fitted to {len(natives)} complexes; share of the noise's score explained, level by level:")
 for sigma, r2 in zip(model.sigmas, model.metadata["score_r2"], strict=True):
-    print(f"  {sigma:.1f} nm  {r2:.2f}")
+    print(f"  {sigma:g} nm  {r2:.2f}")
 save_docking_model(model, arguments.out / "model.docking")
 
 # 2. It is a conservative force on the ligand: here at the native pose, and where it lets go.
