@@ -1120,11 +1120,12 @@ def dock_fit(
     from .docking.dock_run import run_docking_fit, structure_files
     from .docking.learning import DockingFit
 
-    files = structure_files(folder, only.split(",") if only else None)
+    files = structure_files(folder, [n.strip() for n in only.split(",")] if only else None)
     with _stages(quiet or as_json) as report:
         run = run_docking_fit(
             files, out, receptor=receptor, ligand=ligand, seed=seed, progress=report,
-            together=together.split(",") if together else (), settings=DockingFit(network=network),
+            together=[n.strip() for n in together.split(",")] if together else (),
+            settings=DockingFit(network=network),
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({"model": str(run.path), "sha256": run.sha256, "names": list(run.names),
@@ -1138,6 +1139,8 @@ def dock_fit(
             levels = f"{h.sigmas[0]:g}" + (f" to {h.sigmas[-1]:g}, mean" if len(h.sigmas) > 1 else "")
             table.add_row(levels, *(f"{v:.2f}" for v in (h.score_r2, h.auc, h.spearman, h.top)))
         _console().print(table)
+    for note in run.notes if not quiet else ():
+        typer.echo(note)
     typer.echo(f"{run.path}: fitted to {len(run.names)} complexes")
 
 
@@ -1147,8 +1150,12 @@ def dock_score(
         list[Path], typer.Argument(help="One PDB file with both partners, or two: receptor and ligand.")
     ],
     model: Annotated[Path, typer.Option(help="Model file, written by diffforce dock-fit.")],
-    receptor: Annotated[str, typer.Option(help="Chains of the receptor, in one file with both.")] = "A",
-    ligand: Annotated[str, typer.Option(help="Chains of the ligand, in one file with both.")] = "B",
+    receptor: Annotated[
+        str | None, typer.Option(help="Chains of the receptor, in one file with both; A if omitted.")
+    ] = None,
+    ligand: Annotated[
+        str | None, typer.Option(help="Chains of the ligand, in one file with both; B if omitted.")
+    ] = None,
     native: Annotated[
         bool, typer.Option("--native", help="Two files lie in the frame of their known complex.")
     ] = False,
@@ -1174,16 +1181,25 @@ def dock_score(
 
     if len(structures) not in (1, 2):
         raise InputError(f"structures: expected one file or two, found {len(structures)}.")
+    if len(structures) == 2 and (receptor or ligand):
+        raise InputError("--receptor, --ligand: expected with one file that holds both partners, found two.")
+    if len(structures) == 1 and native:
+        raise InputError("--native: expected with two files, found one; a complex in one file is native.")
+    if topology is not None and poses is None:
+        raise InputError("--topology: expected with --poses, found it alone.")
     loaded = load_docking_model(model)
     if len(structures) == 1:
-        both = read_complex(structures[0], receptor=receptor, ligand=ligand)
+        both = read_complex(structures[0], receptor=receptor or "A", ligand=ligand or "B")
     else:
         both = read_partners(*structures, native=native)
     given = read_poses(poses, both, topology=topology) if poses is not None else None
+    inputs = {f"structure_{k}": p for k, p in enumerate(structures, 1)} | {"model": model}
+    inputs |= {n: p for n, p in (("poses", poses), ("topology", topology)) if p is not None}
     with _stages(quiet or as_json) as report:
         run = run_docking(
-            both, loaded, out, poses=given, n_decoys=decoys, seed=seed, physics=physics, progress=report
-        )
+            both, loaded, out, poses=given, n_decoys=decoys, seed=seed, physics=physics, inputs=inputs,
+            progress=report,
+        )  # fmt: skip
     if as_json:
         typer.echo((run.folder / "docking.json").read_text(encoding="utf-8"))
         return

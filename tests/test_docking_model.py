@@ -58,6 +58,7 @@ from openmm_diffforce.docking.scoring import (
 )
 from openmm_diffforce.docking.so3 import exp
 from openmm_diffforce.docking.statistics import (
+    any_near,
     area_under_curve,
     compare_paired,
     enrichment,
@@ -417,6 +418,13 @@ def test_statistics_against_scipy() -> None:
     assert rank_correlation(score, rmsd) == pytest.approx(spearmanr(score, rmsd).statistic)
     assert rank_correlation(np.zeros(50), rmsd) == 0
     assert enrichment(rmsd, near) == pytest.approx(1 / near.mean())
+    # Ties are shared: a constant score is chance, whatever the order of the poses.
+    first = np.arange(40) < 2
+    assert enrichment(np.zeros(40), first) == pytest.approx(1.0)
+    assert any_near(np.zeros(40), first, 1) == pytest.approx(0.05)
+    draws = [g.choice(40, 10, replace=False).min() < 2 for _ in range(4000)]
+    assert any_near(np.zeros(40), first, 10) == pytest.approx(np.mean(draws), abs=0.03)
+    assert any_near(score, near, 1) == float(near[score.argmin()])
     v = {"a": g.standard_normal(10) + 1, "b": np.zeros(10)}
     c = compare_paired(v, "a", "b", measure="auc")
     assert c.p_value == pytest.approx(wilcoxon(v["a"], alternative="greater").pvalue)

@@ -1,7 +1,9 @@
 """Fit and score from files: folders, poses, page, command line, the force field."""
 
 import csv
+import gzip
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +61,13 @@ def test_files_of_a_folder(home: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found none for nine"):
         structure_files(home, ["tiny0", "nine"])
     with pytest.raises(InputError, match="at least two complexes, found 0"):
+        structure_files(tmp_path)
+    for name in ("one.b.pdb", "one.c.pdb"):
+        write(tmp_path / name, tiny_complex(0).receptor, tiny_complex(0).ligand)
+    assert len(structure_files(tmp_path, ["one.b", "one.c"])) == 2
+    assert read_complex(tmp_path / "one.b.pdb").name == "one.b"
+    (tmp_path / "one.b.pdb.gz").write_bytes(gzip.compress((tmp_path / "one.b.pdb").read_bytes()))
+    with pytest.raises(InputError, match="expected one file of each structure"):
         structure_files(tmp_path)
     with pytest.raises(InputError, match="together: expected names of complexes, found nine"):
         run_docking_fit(structure_files(home), tmp_path / "m", together=["nine"])
@@ -136,14 +145,54 @@ def test_poses_from_other_frames(home: Path, tmp_path: Path) -> None:
 
 def test_poses_that_cannot_be_read(home: Path, tmp_path: Path) -> None:
     one = read_complex(home / "tiny3.pdb")
-    with pytest.raises(InputError, match="expected a multi-model PDB file"):
+    with pytest.raises(InputError, match="expected a readable PDB file"):
         read_poses(tmp_path / "none.pdb", one)
+    (tmp_path / "empty.pdb").write_text("hello\n")
+    (tmp_path / "empty.dcd").write_bytes(b"")
+    with pytest.raises(InputError, match="expected ATOM records of a protein, found none"):
+        read_poses(tmp_path / "empty.pdb", one)
+    with pytest.raises(InputError, match="expected a multi-model PDB file, or a trajectory"):
+        read_poses(tmp_path / "empty.dcd", one, topology=home / "tiny3.pdb")
+    (tmp_path / "bad.pdb.gz").write_bytes(gzip.compress(b"ATOM" * 4000)[:-30] + b"x" * 30)
+    with pytest.raises(InputError, match="expected a readable PDB file"):
+        read_poses(tmp_path / "bad.pdb.gz", one)
     with pytest.raises(InputError, match="expected C-alpha of all 24 residues of the ligand"):
         read_poses(home / "apart" / "r.pdb", one)
     bent = one.ligand.moved(np.eye(3), np.zeros(3))
     bent.atoms[: len(bent.atoms) // 2] += 1.0
-    with pytest.raises(InputError, match="expected rigid copies"):
+    with pytest.raises(InputError, match="expected rigid poses of the ligand of tiny3"):
         read_poses(write(tmp_path / "bent.pdb", bent), one)
+
+
+def without_residues(text: str, gone: list[str]) -> str:
+    """PDB lines without residues, named by columns 22 to 27."""
+    return "".join(v for v in text.splitlines(keepends=True) if v[21:27] not in gone)
+
+
+def test_the_receptor_of_poses_must_be_that_of_the_complex(home: Path, tmp_path: Path) -> None:
+    one = read_complex(home / "tiny3.pdb")
+    shift = np.array([2.0, 0.0, 0.0])
+    text = "".join(pdb_text(p.moved(np.eye(3), shift)) for p in (one.receptor, one.ligand))
+    some = without_residues(text, ["A   5 "])  # one residue less: superposed on the others
+    (tmp_path / "some.pdb").write_text(some)
+    assert read_poses(tmp_path / "some.pdb", one).translation == pytest.approx(np.zeros((1, 3)), abs=1e-3)
+    few = without_residues(text, [f"A{k:4d} " for k in range(4, 900)])
+    (tmp_path / "few.pdb").write_text(few)
+    with pytest.raises(InputError, match="residues, or none of them, found 3"):
+        read_poses(tmp_path / "few.pdb", one)
+    stretched = replace(one.receptor, atoms=one.receptor.atoms * [1.0, 1.0, 1.6])
+    with pytest.raises(InputError, match="found one that differs by"):
+        read_poses(write(tmp_path / "other.pdb", stretched, one.ligand), one)
+
+
+def test_insertion_codes_are_told_apart(tmp_path: Path) -> None:
+    one = tiny_complex(3)
+    text = "".join(pdb_text(p) for p in (one.receptor, one.ligand))
+    text = text.replace("B   6 ", "B   5A")
+    (tmp_path / "codes.pdb").write_text(text)
+    found = read_complex(tmp_path / "codes.pdb")
+    assert "B:5A" in found.ligand.labels
+    assert read_poses(tmp_path / "codes.pdb", found).translation == pytest.approx(0.0, abs=1e-3)
 
 
 # ----------------------------------------------------------------------------------------- pages
@@ -195,7 +244,10 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     given = ["--poses", str(out / "best.pdb"), "--out", str(tmp_path / "two"), "--json"]
     done = call(app, ["dock-score", *two, *with_model, *given])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["settings"]["n_poses"] == 10
+    record = json.loads(done.stdout)
+    assert record["settings"]["n_poses"] == 10
+    assert (record["settings"]["receptor"], record["settings"]["ligand"]) == ("A", "B")
+    assert {"structure_1", "structure_2", "model", "poses", "best"} <= set(record["files_sha256"])
 
 
 @pytest.mark.parametrize(
@@ -208,6 +260,9 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
         (["none.pdb"], "expected a readable PDB file"),
         (["tiny3.pdb", "--poses", "apart/r.pdb"], "expected C-alpha of all 24 residues"),
         (["tiny3.pdb", "--model", "tiny3.pdb"], "another kind of"),
+        (["apart/r.pdb", "apart/l.pdb", "--receptor", "A"], "expected with one file that holds both"),
+        (["tiny3.pdb", "--native"], "expected with two files, found one"),
+        (["tiny3.pdb", "--topology", "tiny3.pdb"], "expected with --poses, found it alone"),
     ],
 )
 def test_bad_calls_are_one_sentence(home: Path, arguments: list[str], message: str) -> None:
@@ -218,6 +273,11 @@ def test_bad_calls_are_one_sentence(home: Path, arguments: list[str], message: s
     assert done.exit_code == 1
     assert message in done.output.replace("\n", " ")
     assert "Traceback" not in done.output
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(home: Path) -> None:
+    with pytest.raises(InputError, match="expected a folder that can be made"):
+        run_docking(read_complex(home / "tiny3.pdb"), home / "m.docking", home / "m.docking")
 
 
 # ----------------------------------------------------------------------------------- force field
@@ -308,8 +368,15 @@ def test_force_field_scores_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     calls = score.calls
     assert physics_scores(score, poses, path=tmp_path / "p.json").values.tolist() == done.values.tolist()  # type: ignore[arg-type]
     assert score.calls == calls
-    with pytest.raises(ResumeError, match="expected scores of these poses"):
-        physics_scores(score, poses[:2], path=tmp_path / "p.json")  # type: ignore[arg-type]
+    # Others in the same file: what is there is not computed again.
+    more = Poses(np.stack([np.eye(3)] * 2), np.array([[3.0, 4.0, 5.0], [7.0, 0.0, 0.0]]))
+    assert physics_scores(score, more, path=tmp_path / "p.json").values.tolist() == [3.0, 7.0]  # type: ignore[arg-type]
+    assert score.calls == calls + 1
+    score.complex_ = replace(
+        peptides(), ligand=replace(peptides().ligand, atoms=peptides().ligand.atoms + 0.01)
+    )
+    with pytest.raises(ResumeError, match="those of another structure"):
+        physics_scores(score, poses, path=tmp_path / "p.json")  # type: ignore[arg-type]
 
 
 def test_without_pdbfixer_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

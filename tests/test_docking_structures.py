@@ -134,6 +134,33 @@ def test_a_residue_without_ca_is_left_out_and_said(tmp_path: Path) -> None:
     assert "left out 1 residues without a C-alpha" in found.notes[0]
 
 
+def test_other_atoms_and_places_of_a_residue(tmp_path: Path) -> None:
+    """Selenium of MSE is MET's sulfur; a residue that is all location B is kept; C-alpha alone is said."""
+    one = tiny_complex(0)
+
+    def change(text: str) -> str:
+        lines = []
+        for v in text.splitlines():
+            if v[21:26] == "A   2":
+                v = v[:16] + "B" + v[17:]
+            if v[21:26] == "A   3":
+                v = f"{v[:17]}MSE{v[20:]}"
+                if v[12:16] == " CB ":
+                    lines.append(f"{v[:12]}SE  {v[16:76]}SE")
+            if v[21:26] != "B   4" or v[12:16] == " CA ":
+                lines.append(v)
+        return "\n".join(lines)
+
+    found = read_complex(written(tmp_path / "one.pdb", one, change))
+    assert found.receptor.n_residues == one.receptor.n_residues
+    names = {
+        n for n, r in zip(found.receptor.atom_names, found.receptor.atom_residues, strict=True) if r == 2
+    }
+    assert "SD" in names
+    assert "SE" not in names
+    assert "1 residues have neither C-beta nor N and C" in found.ligand.notes[0]
+
+
 # ------------------------------------------------------------------------------------- metrics
 
 

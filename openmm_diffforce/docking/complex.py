@@ -8,6 +8,7 @@ Lengths are in nm.
 import gzip
 import itertools
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,9 @@ ALIASES = {
     "CYX": "CYS", "CYM": "CYS", "SEC": "CYS", "ASH": "ASP", "GLH": "GLU", "LYN": "LYS",
 }  # fmt: skip
 """Other names of a residue type."""
+
+RENAMED = {("MSE", "SE"): "SD", ("SEC", "SE"): "SG"}
+"""Atoms of those that are another element in the type they are taken for."""
 
 BACKBONE = frozenset({"N", "CA", "C", "O", "OXT"})
 """Heavy atoms that are no side chain."""
@@ -155,7 +159,7 @@ def _pdb_lines(path: Path) -> list[str]:
         opener: Any = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="ascii", errors="replace") as handle:
             return list(handle)
-    except (OSError, EOFError) as err:
+    except (OSError, EOFError, zlib.error) as err:
         raise InputError(f"{path}: expected a readable PDB file, found {err}.") from err
 
 
@@ -163,19 +167,30 @@ Atom = tuple[str, str, str, str, tuple[float, float, float]]
 """Chain, residue id, residue name, atom name, position [nm]."""
 
 
-def _pdb_atoms(path: Path) -> list[Atom]:
-    """Heavy protein atoms of the first model."""
-    found: list[Atom] = []
+def pdb_models(path: Path) -> list[list[Atom]]:
+    """Heavy protein atoms of every model of a PDB file.
+
+    Of alternate locations the first that a residue names is kept.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, holds no protein, or a coordinate is not a finite number.
+    """
+    models: list[list[Atom]] = [[]]
+    chosen: dict[tuple[str, str], str] = {}
     for number, line in enumerate(_pdb_lines(path), 1):
         if line.startswith("ENDMDL"):
-            break
+            models.append([])
+            chosen.clear()
         name = line[17:20].strip()
         if not (line.startswith("ATOM") or (line.startswith("HETATM") and name in ALIASES)):
             continue
         atom, element = line[12:16].strip(), line[76:78].strip()
         if element in ("H", "D") or (not element and atom.lstrip("0123456789").startswith(("H", "D"))):
             continue
-        if line[16] not in " A1":
+        chain, residue = line[21].strip() or "_", line[22:27].strip()
+        if line[16] != " " and chosen.setdefault((chain, residue), line[16]) != line[16]:
             continue
         try:
             x, y, z = (float(line[k : k + 8]) / 10.0 for k in (30, 38, 46))
@@ -183,8 +198,8 @@ def _pdb_atoms(path: Path) -> list[Atom]:
             raise InputError(f"{path}, line {number}: expected three coordinates, found {err}.") from err
         if not np.isfinite((x, y, z)).all():
             raise InputError(f"{path}, line {number}: expected finite coordinates, found {x, y, z}.")
-        found.append((line[21].strip() or "_", line[22:27].strip(), name, atom, (x, y, z)))
-    if not found:
+        models[-1].append((chain, residue, name, atom, (x, y, z)))
+    if not (found := [m for m in models if m]):
         raise InputError(f"{path}: expected ATOM records of a protein, found none.")
     return found
 
@@ -215,9 +230,9 @@ def _partner(atoms: Sequence[Atom], where: str) -> Partner:
     notes: list[str] = []
     seen: set[str] = set()
     unknown: dict[str, int] = {}
-    without_ca = 0
+    without_ca = bare = 0
     for (chain, number, name), group in itertools.groupby(atoms, key=lambda a: a[:3]):
-        label, members = f"{chain}:{number}", {a[3]: a[4] for a in group}
+        label, members = f"{chain}:{number}", {RENAMED.get((name, a[3]), a[3]): a[4] for a in group}
         if label in seen:
             raise InputError(
                 f"{where}: expected every residue id once, found {label} again ({name}); give "
@@ -237,6 +252,7 @@ def _partner(atoms: Sequence[Atom], where: str) -> Partner:
         cb = at.get("CB")
         if cb is None:
             cb = place_cb(at["N"], ca, at["C"]) if whole else ca
+            bare += not whole
         sites.append([at.get("N", ca), ca, at.get("C", ca), cb])
         for atom, xyz in members.items():
             kept.append(xyz)
@@ -253,6 +269,11 @@ def _partner(atoms: Sequence[Atom], where: str) -> Partner:
         notes.append(f"{where}: left out {', '.join(f'{v} {k}' for k, v in unknown.items())}")
     if without_ca:
         notes.append(f"{where}: left out {without_ca} residues without a C-alpha")
+    if bare:
+        notes.append(
+            f"{where}: {bare} residues have neither C-beta nor N and C to place it; it is put at the "
+            "C-alpha, and native contacts and DockQ, which count heavy atoms, mean little"
+        )
     found = Partner(
         np.array(types), np.array(sites, dtype=np.float64), tuple(labels), np.array(kept, dtype=np.float64),
         tuple(names), np.array(owners),
@@ -261,16 +282,30 @@ def _partner(atoms: Sequence[Atom], where: str) -> Partner:
     if cut.any():
         notes.append(
             f"{where}: {cut.sum()} of {len(cut)} side chains lack atoms; for the learned energy their "
-            "centres are put where those of their types are on average"
+            "centres are put along C-alpha to C-beta, where those of their types are on average"
         )
     return replace(found, notes=tuple(notes))
+
+
+def structure_name(path: str | os.PathLike[str]) -> str:
+    """Name of a structure: that of its file without .pdb, .ent and .gz.
+
+    Examples
+    --------
+    >>> structure_name("data/1ABC.b.pdb.gz")
+    '1ABC.b'
+    """
+    name = Path(path).name
+    for ending in (".gz", ".pdb", ".ent"):
+        name = name.removesuffix(ending)
+    return name
 
 
 def _atoms_of(source: Any) -> tuple[list[Atom], str]:
     if hasattr(source, "topology") and hasattr(source, "xyz"):
         return _topology_atoms(source), "trajectory"
     path = Path(os.fspath(source))
-    return _pdb_atoms(path), path.name
+    return pdb_models(path)[0], path.name
 
 
 def _chosen(atoms: list[Atom], chains: str, where: str, role: str) -> list[Atom]:
@@ -316,8 +351,8 @@ def read_complex(
 
     Notes
     -----
-    Hydrogens, alternate locations other than A and residues of an unknown name are left out;
-    ``notes`` says what was.
+    Hydrogens and alternate locations other than a residue's first are left out; so are residues of an
+    unknown name or without a C-alpha, and ``notes`` says which.
     """
     if both := sorted(set(receptor) & set(ligand)):
         raise InputError(
@@ -329,7 +364,7 @@ def read_complex(
     chosen = {role: _chosen(atoms, chains, where, role) for role, chains in roles.items()}
     parts = [_partner(some, f"{where}, {role}") for role, some in chosen.items()]
     found = Complex(
-        name or where.split(".")[0], parts[0], parts[1], notes=parts[0].notes + parts[1].notes
+        name or structure_name(where), parts[0], parts[1], notes=parts[0].notes + parts[1].notes
     )  # fmt: skip
     check_interface(found)
     return found
@@ -358,7 +393,7 @@ def read_partners(receptor: Any, ligand: Any, *, name: str | None = None, native
     for source, role in ((receptor, "receptor"), (ligand, "ligand")):
         atoms, where = _atoms_of(source)
         parts.append(_partner(atoms, f"{where}, {role}"))
-        names.append(where.split(".")[0])
+        names.append(structure_name(where))
     found = Complex(
         name or "-".join(names), parts[0], parts[1], native=native, notes=parts[0].notes + parts[1].notes
     )

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..record import atomic_path, make_record, write_json
-from .complex import Complex, FloatArray, Partner, pdb_text, read_complex
+from .complex import Complex, FloatArray, Partner, pdb_models, pdb_text, read_complex, structure_name
 from .decoys import make_decoys
 from .learning import DockingFit, HeldOut, cross_validate, fit_docking_model, prepare_docking_data
 from .metrics import pose_metrics, quality, superposition
@@ -43,7 +43,11 @@ def structure_files(folder: str | os.PathLike[str], names: Sequence[str] | None 
         If there is no such folder, it holds fewer than two structures, or one of ``names`` is missing.
     """
     where = Path(folder)
-    found = {p.name.split(".")[0]: p for p in sorted([*where.glob("*.pdb"), *where.glob("*.pdb.gz")])}
+    found: dict[str, Path] = {}
+    for path in sorted([*where.glob("*.pdb"), *where.glob("*.pdb.gz")]):
+        if (name := structure_name(path)) in found:
+            raise InputError(f"{where}: expected one file of each structure, found {found[name]} and {path}.")
+        found[name] = path
     if names is not None and (missing := [n for n in names if n not in found]):
         raise InputError(f"{where}: expected a structure for each name, found none for {', '.join(missing)}.")
     chosen = list(found.values()) if names is None else [found[n] for n in names]
@@ -66,13 +70,16 @@ class DockingFitRun:
     names : tuple of str
         Complexes it was fitted to.
     held_out : tuple of HeldOut
-        Cross-validation, one for each noise level.
+        :func:`~.learning.cross_validate`.
+    notes : tuple of str
+        What was left out or mended on reading.
     """
 
     path: Path
     sha256: str
     names: tuple[str, ...]
     held_out: tuple[HeldOut, ...]
+    notes: tuple[str, ...]
 
 
 def run_docking_fit(
@@ -118,14 +125,73 @@ def run_docking_fit(
         raise InputError(f"together: expected names of complexes, found {', '.join(unknown)}.")
     data = prepare_docking_data(complexes, settings, seed=seed, progress=progress)
     clusters = [-1 if n in together else k for k, n in enumerate(names)]
-    held_out = cross_validate(data, settings, clusters) if len(set(clusters)) > 2 else ()
+    held_out = cross_validate(data, settings, clusters) if len(set(clusters)) > 1 else ()
     model = fit_docking_model(settings=settings, data=data, seed=seed)
+    notes = tuple(note for c in complexes for note in c.notes)
     model.metadata["cross_validation"] = [vars(h) for h in held_out]
+    model.metadata["notes"] = list(notes)
     digest = save_docking_model(model, out)
-    return DockingFitRun(Path(out), digest, tuple(names), held_out)
+    return DockingFitRun(Path(out), digest, tuple(names), held_out, notes)
 
 
 # ----------------------------------------------------------------------------------------- poses
+
+
+MAX_RECEPTOR_RMSD = 0.2
+"""A receptor in a file of poses that differs by more [nm] is another one."""
+
+
+def _pdb_frames(path: Path) -> tuple[dict[str, int], FloatArray]:
+    """C-alpha of every model of a PDB file: residue label -> column, and positions [n_models, n, 3]."""
+    tables: list[dict[str, tuple[float, float, float]]] = []
+    for k, model in enumerate(pdb_models(path), 1):
+        table: dict[str, tuple[float, float, float]] = {}
+        for chain, number, _, atom, xyz in model:
+            if atom == "CA":
+                if (label := f"{chain}:{number}") in table:
+                    raise InputError(
+                        f"{path}, model {k}: expected every residue id once, found {label} again; give "
+                        "receptor and ligand chain letters of their own, here and in their structures."
+                    )
+                table[label] = xyz
+        tables.append(table)
+    for k, table in enumerate(tables, 1):
+        if set(table) != set(tables[0]):
+            raise InputError(
+                f"{path}, model {k}: expected the {len(tables[0])} residues of the first model, found others."
+            )
+    labels = {label: k for k, label in enumerate(tables[0])}
+    x = np.array([[table[label] for label in labels] for table in tables], dtype=np.float64)
+    return labels, x
+
+
+def _trajectory_frames(source: Any, topology: Any) -> tuple[dict[str, int], FloatArray]:
+    """The same of a trajectory; mdtraj keeps no insertion codes."""
+    import mdtraj
+
+    try:
+        frames = (
+            mdtraj.load(os.fspath(source))
+            if topology is None
+            else mdtraj.load(os.fspath(source), top=os.fspath(topology))
+        )
+        atoms = [a for a in frames.topology.atoms if a.name == "CA"]
+    except Exception as err:  # mdtraj's readers raise whatever their formats do
+        raise InputError(
+            f"{source}: expected a multi-model PDB file, or a trajectory with its topology (--topology), "
+            f"found something else ({err})."
+        ) from err
+    labels: dict[str, int] = {}
+    for k, atom in enumerate(atoms):
+        chain = getattr(atom.residue.chain, "chain_id", None) or "_"
+        label = f"{chain.strip() or '_'}:{atom.residue.resSeq}"
+        if label in labels:
+            raise InputError(f"{source}: expected every residue id once, found {label} again.")
+        labels[label] = k
+    x = np.asarray(frames.xyz[:, [a.index for a in atoms]], dtype=np.float64)
+    if bad := np.flatnonzero(~np.isfinite(x).all(axis=(1, 2))).tolist():
+        raise InputError(f"{source}, frame {bad[0]}: expected finite coordinates, found others.")
+    return labels, x
 
 
 def read_poses(
@@ -148,55 +214,48 @@ def read_poses(
     Raises
     ------
     InputError
-        If the file cannot be read, lacks residues of the ligand, or the ligand is not rigid in it.
+        If the file cannot be read, lacks residues of the ligand, the ligand is not rigid in it, or its
+        receptor is another one: less than half of the residues are in common, or their C-alpha differ
+        by more than 0.2 nm (RMSD).
 
     Notes
     -----
-    Residues are found by chain and number. If the frames hold the receptor too, it is superposed on that
-    of ``complex_``; otherwise they must be in its frame.
+    Residues are found by chain and number. Residues of the receptor in the frames are superposed on those
+    of ``complex_``; without any, frames must be in its frame.
     """
-    import mdtraj
-
-    try:
-        frames = (
-            mdtraj.load(os.fspath(source))
-            if topology is None
-            else mdtraj.load(os.fspath(source), top=os.fspath(topology))
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as err:
+    path = Path(source)
+    is_pdb = topology is None and path.name.endswith((".pdb", ".pdb.gz", ".ent", ".ent.gz"))
+    labels, frames = _pdb_frames(path) if is_pdb else _trajectory_frames(source, topology)
+    ligand, receptor = complex_.ligand, complex_.receptor
+    if lost := [n for n in ligand.labels if n not in labels]:
         raise InputError(
-            f"{source}: expected a multi-model PDB file, or a trajectory with its topology (--topology), "
-            f"found something else ({err})."
-        ) from err
-    labels: dict[str, int] = {}
-    for atom in frames.topology.atoms:
-        if atom.name == "CA":
-            chain = getattr(atom.residue.chain, "chain_id", None) or "_"
-            label = f"{chain.strip() or '_'}:{atom.residue.resSeq}"
-            if label in labels:
-                raise InputError(f"{source}: expected every residue id once, found {label} again.")
-            labels[label] = atom.index
-
-    def rows(partner: Partner) -> list[int] | None:
-        numbers = [label.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for label in partner.labels]
-        return [labels[n] for n in numbers] if all(n in labels for n in numbers) else None
-
-    ligand = rows(complex_.ligand)
-    if ligand is None:
-        lost = [n for n in complex_.ligand.labels if n not in labels]
-        raise InputError(
-            f"{source}: expected C-alpha of all {complex_.ligand.n_residues} residues of the ligand "
-            f"({complex_.ligand.labels[0]} to {complex_.ligand.labels[-1]}), found none for {len(lost)}, "
-            f"e.g. {lost[0] if lost else '?'}."
+            f"{source}: expected C-alpha of all {ligand.n_residues} residues of the ligand "
+            f"({ligand.labels[0]} to {ligand.labels[-1]}), found none for {len(lost)}, e.g. {lost[0]}."
         )
-    receptor = rows(complex_.receptor)
-    x = np.asarray(frames.xyz[:, ligand], dtype=np.float64)
-    if receptor is not None and not set(receptor) & set(ligand):
-        for k, frame in enumerate(np.asarray(frames.xyz[:, receptor], dtype=np.float64)):
-            rotation, shift = superposition(frame, complex_.receptor.ca)
+    x = frames[:, [labels[n] for n in ligand.labels]]
+    # Partners of two files may share labels: those are the ligand's.
+    common = [k for k, n in enumerate(receptor.labels) if n in labels and n not in ligand.labels]
+    if common:
+        if len(common) < max(3, receptor.n_residues / 2):
+            raise InputError(
+                f"{source}: expected the receptor's {receptor.n_residues} residues, or none of them, found "
+                f"{len(common)}; leave the receptor out if the ligand is in the frame of the structures."
+            )
+        fixed = receptor.ca[common]
+        for k, frame in enumerate(frames[:, [labels[receptor.labels[m]] for m in common]]):
+            rotation, shift = superposition(frame, fixed)
+            off = float(np.sqrt(((frame @ rotation.T + shift - fixed) ** 2).sum(axis=1).mean()))
+            if off > MAX_RECEPTOR_RMSD:
+                raise InputError(
+                    f"{source}, pose {k}: expected the receptor of {complex_.name}, found one that differs "
+                    f"by {off:.2f} nm (RMSD of C-alpha; at most {MAX_RECEPTOR_RMSD} nm)."
+                )
             x[k] = x[k] @ rotation.T + shift
     # A PDB file keeps three decimals of an Angstrom, XTC of a nanometre.
-    return Poses.from_coordinates(complex_.ligand.ca, x, centre=complex_.ligand.centre, tolerance=0.01)
+    try:
+        return Poses.from_coordinates(ligand.ca, x, centre=ligand.centre, tolerance=0.01)
+    except InputError as err:
+        raise InputError(f"{source}: expected rigid poses of the ligand of {complex_.name}; {err}") from err
 
 
 def pose_distances(partner: Partner, poses: Poses, to: Poses) -> FloatArray:
@@ -248,6 +307,7 @@ def run_docking(
     seed: int = 1,
     physics: int = 0,
     near_rmsd: float = 0.5,
+    inputs: Mapping[str, str | os.PathLike[str]] | None = None,
     progress: Progress | None = None,
 ) -> DockRun:
     """Score poses of one complex and write table, figure, page and the best poses.
@@ -266,6 +326,8 @@ def run_docking(
         Number of poses, best learned energy first, that the force field scores too.
     near_rmsd : float
         [nm]
+    inputs : mapping of str to path-like, optional
+        Files that structures and poses came from; their SHA-256 goes into docking.json.
     progress : callable, optional
 
     Returns
@@ -275,13 +337,18 @@ def run_docking(
     Raises
     ------
     InputError
-        If there are no poses and none can be made, or a number makes no sense.
+        If there are no poses and none can be made, a number makes no sense, or the folder cannot be made.
     ModelError
         If the model cannot be loaded.
     """
     if not (isinstance(physics, int) and physics >= 0):
         raise InputError(f"physics: expected a number of poses >= 0, found {physics!r}.")
     loaded = model if isinstance(model, ResidueModel) else load_docking_model(model)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise InputError(f"{folder}: expected a folder that can be made, found {err}.") from err
     made = poses is None
     if poses is None:
         poses = make_decoys(complex_, n_decoys, seed=seed).poses
@@ -292,8 +359,6 @@ def run_docking(
         if progress is not None:
             progress("scores", k + 1, len(scores))
     order = np.argsort(found[LEARNED], kind="stable")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     notes = list(complex_.notes)
     if physics:
         some = order[:physics]
@@ -329,12 +394,19 @@ def run_docking(
     )
     record = make_record(
         "dock-score",
-        {"complex": complex_.name, "n_poses": len(poses), "poses": "decoys" if made else "given",
-         "physics": physics, "near_rmsd": near_rmsd, "model_sha256": loaded.metadata.get("sha256")},
-        seed=seed, files={"scores": table, "best": folder / "best.pdb"},
+        {"complex": complex_.name, "receptor": chains_of(complex_.receptor),
+         "ligand": chains_of(complex_.ligand), "native": complex_.native, "n_poses": len(poses),
+         "poses": "decoys" if made else "given", "physics": physics, "near_rmsd": near_rmsd,
+         "model_sha256": loaded.metadata.get("sha256")},
+        seed=seed, files={**(inputs or {}), "scores": table, "best": folder / "best.pdb"},
     )  # fmt: skip
     write_json(folder / "docking.json", {**record, "measures": measures, "notes": notes})
     return DockRun(folder, page, table, order, found, columns, measures)
+
+
+def chains_of(partner: Partner) -> str:
+    """Chain letters of a partner, in the order of its residues."""
+    return "".join(dict.fromkeys(label.split(":")[0] for label in partner.labels))
 
 
 def _write_table(

@@ -303,7 +303,7 @@ class PhysicsRun:
     values : numpy.ndarray
         Scores of the first poses [kJ/mol]; fewer than there are poses if the budget was spent.
     seconds : float
-        Processor time they took, in all calls together.
+        Processor time of all scores in the file.
     """
 
     values: FloatArray
@@ -318,14 +318,14 @@ def physics_scores(
     budget: float = np.inf,
     progress: Any = None,
 ) -> PhysicsRun:
-    """Scores of poses one after the other, kept in a file: the same call goes on where it stopped.
+    """Scores of poses one after the other, kept in a file: what it holds is not computed again.
 
     Parameters
     ----------
     score : PhysicsScore
     poses : Poses
     path : path-like
-        JSON file; written after every tenth pose.
+        JSON file of this structure's scores, of these poses or others; written after every tenth.
     budget : float
         Stop after this processor time [s].
     progress : callable, optional
@@ -338,34 +338,43 @@ def physics_scores(
     Raises
     ------
     ResumeError
-        If the file holds scores of other poses.
+        If the file holds scores of another structure, or by other settings.
     """
+    one = score.complex_
     key = settings_hash({
-        "complex": score.complex_.name, "rotation": poses.rotation.round(9),
-        "tau": poses.translation.round(9),
+        "structure": [[p.atoms.round(6), p.atom_names, p.atom_residues, p.types]
+                      for p in (one.receptor, one.ligand)],
         "shell": SHELL, "cutoff": CUTOFF, "steps": MAX_STEPS, "force_field": FORCE_FIELD,
     })  # fmt: skip
-    values: list[float] = []
+    labels = [settings_hash({"rotation": p.rotation.round(9), "tau": p.translation.round(9)}) for p in poses]
+    known: dict[str, float] = {}
     seconds = 0.0
     if Path(path).exists():
         found = read_json(path)
         if found.get("key") != key:
             raise ResumeError(
-                f"{path}: expected scores of these poses, found those of others; give another file, "
-                "or delete it."
+                f"{path}: expected scores of {one.name} by these settings, found those of another structure "
+                "or other settings; give another file or folder, or delete it."
             )
-        values, seconds = found["values"], found["seconds"]
+        known, seconds = found["values"], found["seconds"]
     began = time.process_time()
 
     def keep() -> float:
         spent = seconds + time.process_time() - began
-        write_json(path, {"key": key, "complex": score.complex_.name, "values": values, "seconds": spent})
+        write_json(path, {"key": key, "complex": one.name, "values": known, "seconds": spent})
         return spent
 
-    while len(values) < len(poses) and seconds + time.process_time() - began < budget:
-        values.append(score._one(poses[len(values)]))
+    values: list[float] = []
+    fresh = 0
+    for label, pose in zip(labels, poses, strict=True):
+        if label not in known:
+            if seconds + time.process_time() - began >= budget:
+                break
+            known[label] = score._one(pose)
+            fresh += 1
+            if fresh % 10 == 0:
+                keep()
+        values.append(known[label])
         if progress is not None:
             progress("force field", len(values), len(poses))
-        if len(values) % 10 == 0:
-            keep()
     return PhysicsRun(np.array(values), keep())

@@ -1,5 +1,6 @@
 """How well a score tells near-native poses from others; lower scores are better throughout."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,31 @@ def enrichment(score: Any, near: Any, share: float = TOP) -> float:
     chance = hit.astype(float).mean()
     if not chance:
         raise InputError("enrichment: expected near-native poses, found none.")
-    return float(hit[np.argsort(s, kind="stable")[:n]].mean() / chance)
+    surely, tied, wanted = _best(s, n)
+    return float((hit[surely].sum() + wanted * hit[tied].mean()) / n / chance)
+
+
+def any_near(score: Any, near: Any, n: int) -> float:
+    """Whether one of the best n poses is near-native; with ties at the n-th place, how likely.
+
+    Examples
+    --------
+    >>> any_near([1.0, 2.0, 3.0], [False, True, False], 2), any_near([0.0, 0.0], [True, False], 1)
+    (1.0, 0.5)
+    """
+    s, hit = _two(score, near, "best poses")
+    surely, tied, wanted = _best(s, n)
+    if hit[surely].any():
+        return 1.0
+    # None of those wanted among the tied: all come from the others.
+    return 1.0 - math.comb(int((~hit[tied]).sum()), wanted) / math.comb(int(tied.sum()), wanted)
+
+
+def _best(s: FloatArray, n: int) -> tuple[Any, Any, int]:
+    """Poses below the n-th lowest score, poses at it, and how many of the latter belong to the best n."""
+    last = np.sort(s)[min(n, len(s)) - 1]
+    surely, tied = s < last, s == last
+    return surely, tied, min(n, len(s)) - int(surely.sum())
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,8 @@ class Comparison:
     wins, n : int
         Complexes on which it is better, of how many.
     p_value : float
-        Wilcoxon's signed-rank test, exact, one-sided: probability of such ranks if neither is better.
+        Wilcoxon's signed-rank test, one-sided: probability of such ranks if neither is better. Exact
+        without ties.
     """
 
     measure: str
