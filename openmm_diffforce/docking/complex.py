@@ -281,8 +281,8 @@ def _partner(atoms: Sequence[Atom], where: str) -> Partner:
     cut = ~found.side_chains()[1] & (SIDE_CHAIN_ATOMS[found.types] > 0)
     if cut.any():
         notes.append(
-            f"{where}: {cut.sum()} of {len(cut)} side chains lack atoms; for the learned energy their "
-            "centres are put along C-alpha to C-beta, where those of their types are on average"
+            f"{where}: {cut.sum()} of {len(cut)} side chains lack atoms; the mean places of their types "
+            "are taken for their centres"
         )
     return replace(found, notes=tuple(notes))
 
