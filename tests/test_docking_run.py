@@ -16,6 +16,7 @@ from openmm_diffforce.docking import physics_score
 from openmm_diffforce.docking.complex import RESIDUES, Complex, pdb_text, read_complex, read_partners
 from openmm_diffforce.docking.decoys import make_decoys, reposed
 from openmm_diffforce.docking.dock_run import (
+    _found,
     pose_distances,
     read_poses,
     run_docking,
@@ -114,6 +115,10 @@ def test_two_partners_without_a_known_complex(home: Path, tmp_path: Path) -> Non
     assert list(run.columns) == ["RMSD to the best [nm]"]
     assert run.columns["RMSD to the best [nm]"][run.order[0]] == pytest.approx(0, abs=1e-7)
     assert not run.measures
+
+
+def test_ties_are_said() -> None:
+    assert [_found(v) for v in (0.0, 1.0, 0.25)] == ["no", "yes", "25% (ties)"]
 
 
 def test_distances_between_poses() -> None:

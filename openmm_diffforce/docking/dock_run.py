@@ -433,6 +433,11 @@ def _write_best(path: Path, complex_: Complex, poses: Poses, energy: FloatArray)
         part.write_text("".join([*lines, "END\n"]), encoding="ascii")
 
 
+def _found(share: float) -> str:
+    """Whether a near-native pose is among the best; ties may leave it open."""
+    return {0.0: "no", 1.0: "yes"}.get(share, f"{share:.0%} (ties)")
+
+
 def _write_page(
     path: Path, complex_: Complex, model: ResidueModel, order: Any, scores: dict[str, FloatArray],
     columns: dict[str, FloatArray], measures: dict[str, dict[str, float]], notes: list[str], made: bool,
@@ -459,7 +464,7 @@ def _write_page(
         tables.append({
             "title": "Near-native poses told apart", "head": ["score", *(LABELS[m] for m in MEASURES)],
             "rows": [
-                [n, *(("no", "yes")[int(v[m])] if m.startswith("top") else v[m] for m in MEASURES)]
+                [n, *(_found(v[m]) if m.startswith("top") else v[m] for m in MEASURES)]
                 for n, v in measures.items()
             ],
         })  # fmt: skip
