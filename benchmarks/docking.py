@@ -74,7 +74,7 @@ FITS = {
     "with decoys": SETTINGS,
     "with network": replace(SETTINGS, network=64),
 }
-"""The second is the headline: cross-validation said that the network adds little, at four times the cost."""
+"""The second is the headline: cross-validation said that the network adds little; it is slower."""
 
 N_FLOW = 100
 """Decoys of the first set that -ln p_0 is computed for."""
