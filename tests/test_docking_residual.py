@@ -29,7 +29,6 @@ from openmm_diffforce.docking.residual import (
     HiddenLayer,
     PairTable,
     Residual,
-    burial,
     network_features,
     pair_table,
 )
@@ -207,7 +206,7 @@ def test_nothing_beyond_the_cutoff_and_no_jump_at_it() -> None:
 
 def test_burial_counts_the_half_sphere() -> None:
     p = tiny_complex(1).receptor
-    found = burial(p)
+    found = p.burial
     k = int(found.argmax())
     ray = p.sites[k, 3] - p.ca[k]
     want = sum(
@@ -217,7 +216,7 @@ def test_burial_counts_the_half_sphere() -> None:
     assert found.min() < found.max()
     bare = p.sites.copy()
     bare[:, 3] = bare[:, 1]  # no C-beta: no side
-    assert (burial(replace(p, sites=bare)) == 0).all()
+    assert (replace(p, sites=bare).burial == 0).all()
 
 
 def test_energies_along_flow_and_path() -> None:

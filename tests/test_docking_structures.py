@@ -57,7 +57,7 @@ def test_a_complex_survives_its_file(tmp_path: Path) -> None:
         names = [RESIDUES[t] for t in a.types]
         cut = len(names) - names.count("ALA") - names.count("GLY")
         assert f"{cut} of {len(names)} side chains lack atoms" in a.notes[0]
-        assert (a.side_chains()[1] == np.array([n == "ALA" for n in names])).all()
+        assert (a.side_chains[1] == np.array([n == "ALA" for n in names])).all()
     packed = tmp_path / "two.pdb.gz"
     packed.write_bytes(gzip.compress((tmp_path / "one.pdb").read_bytes()))
     assert (read_complex(packed).ligand.atoms == found.ligand.atoms).all()

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ SIDE_CHAIN_ATOMS = np.array([1, 7, 4, 4, 2, 5, 5, 0, 6, 4, 4, 5, 4, 7, 3, 2, 3, 
 
 SITES = ("N", "CA", "C", "CB")
 """Atoms of ``Partner.sites``."""
+
+SPHERE = 1.3
+"""Radius of the half sphere of the burial [nm]."""
 
 INTERFACE = 1.0
 """C-beta distance [nm] below which two residues of the partners are at the interface."""
@@ -95,6 +99,21 @@ class Partner:
         """Mean of the C-alpha [nm]: the point about which a rigid body is turned."""
         return self.ca.mean(axis=0)
 
+    @cached_property
+    def directions(self) -> FloatArray:
+        """Unit vectors from C-alpha to C-beta, shape (n_residues, 3); zero where both are one point."""
+        ray = self.sites[:, 3] - self.ca
+        return ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9)
+
+    @cached_property
+    def burial(self) -> FloatArray:
+        """C-alpha within :data:`SPHERE` of each residue's, on the side of its C-beta, shape (n_residues,)."""
+        away = self.ca - self.ca[:, None]
+        distance = np.linalg.norm(away, axis=2)
+        above = np.einsum("ijk,ik->ij", away, self.directions) > 0
+        return np.asarray((above & (distance < SPHERE)).sum(axis=1), dtype=np.float64)
+
+    @cached_property
     def side_chains(self) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
         """Mean of every side chain's heavy atoms [nm], shape (n_residues, 3), and which ones are whole.
 
@@ -278,7 +297,7 @@ def _partner(atoms: Sequence[Atom], where: str) -> Partner:
         np.array(types), np.array(sites, dtype=np.float64), tuple(labels), np.array(kept, dtype=np.float64),
         tuple(names), np.array(owners),
     )  # fmt: skip
-    cut = ~found.side_chains()[1] & (SIDE_CHAIN_ATOMS[found.types] > 0)
+    cut = ~found.side_chains[1] & (SIDE_CHAIN_ATOMS[found.types] > 0)
     if cut.any():
         notes.append(
             f"{where}: {cut.sum()} of {len(cut)} side chains lack atoms; the mean places of their types "

@@ -14,7 +14,7 @@ from ..record import atomic_path, make_record, write_json
 from .complex import Complex, FloatArray, Partner, pdb_models, pdb_text, read_complex, structure_name
 from .decoys import make_decoys
 from .learning import DockingFit, HeldOut, cross_validate, fit_docking_model, prepare_docking_data
-from .metrics import pose_metrics, quality, superposition
+from .metrics import least_rmsd, pose_metrics, quality, superposition
 from .model_file import load_docking_model, save_docking_model
 from .pages import LABELS, funnel_figure, write_docking_page
 from .physics_score import PhysicsScore, physics_scores
@@ -242,14 +242,15 @@ def read_poses(
                 f"{len(common)}; leave the receptor out if the ligand is in the frame of the structures."
             )
         fixed = receptor.ca[common]
-        for k, frame in enumerate(frames[:, [labels[receptor.labels[m]] for m in common]]):
+        there = frames[:, [labels[receptor.labels[m]] for m in common]]
+        off = least_rmsd(there, fixed)
+        if len(other := np.flatnonzero(off > MAX_RECEPTOR_RMSD)):
+            raise InputError(
+                f"{source}, pose {other[0]}: expected the receptor of {complex_.name}, found one that "
+                f"differs by {off[other[0]]:.2f} nm (RMSD of C-alpha; at most {MAX_RECEPTOR_RMSD} nm)."
+            )
+        for k, frame in enumerate(there):
             rotation, shift = superposition(frame, fixed)
-            off = float(np.sqrt(((frame @ rotation.T + shift - fixed) ** 2).sum(axis=1).mean()))
-            if off > MAX_RECEPTOR_RMSD:
-                raise InputError(
-                    f"{source}, pose {k}: expected the receptor of {complex_.name}, found one that differs "
-                    f"by {off:.2f} nm (RMSD of C-alpha; at most {MAX_RECEPTOR_RMSD} nm)."
-                )
             x[k] = x[k] @ rotation.T + shift
     # A PDB file keeps three decimals of an Angstrom, XTC of a nanometre.
     try:

@@ -40,7 +40,7 @@ from .residue_model import (
     tables_from_coefs,
 )
 from .rigid import RigidSchedule, noise_poses
-from .statistics import area_under_curve, rank_correlation
+from .statistics import any_near, area_under_curve, rank_correlation
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how far, of how much."""
@@ -447,7 +447,7 @@ def cross_validate(
                 for e, d in zip(energy[list(levels)].mean(axis=0), data.decoys[k], strict=True):
                     row.append((
                         area_under_curve(e, d.near), rank_correlation(e, d.rmsd),
-                        float(d.near[e.argmin()]), float(r2[list(levels)].mean()),
+                        any_near(e, d.near, 1), float(r2[list(levels)].mean()),
                     ))  # fmt: skip
     return tuple(
         HeldOut(tuple(settings.sigmas[m] for m in levels), *(float(v) for v in np.mean(row, axis=0)))

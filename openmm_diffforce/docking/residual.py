@@ -55,9 +55,6 @@ BUMPS = {"cb": (0.35, 0.16, 6), "ca": (0.40, 0.18, 6), "sc": (0.30, 0.18, 6)}
 """First centre and spacing [nm] and number of the Gaussian bumps of a distance; a bump's width is the
 spacing."""
 
-SPHERE = 1.3
-"""Radius of the half sphere of the burial [nm]."""
-
 _HYDROPATHY = {
     "ALA": 1.8, "ARG": -4.5, "ASN": -3.5, "ASP": -3.5, "CYS": 2.5, "GLN": -3.5, "GLU": -3.5, "GLY": -0.4,
     "HIS": -3.2, "ILE": 4.5, "LEU": 3.8, "LYS": -3.9, "MET": 1.9, "PHE": 2.8, "PRO": -1.6, "SER": -0.8,
@@ -90,23 +87,9 @@ def _dot(a: FloatArray, b: FloatArray) -> FloatArray:
     return np.asarray(a @ b if b.ndim == 1 else np.einsum("pw,pw->p", a, b))
 
 
-def _directions(partner: Partner) -> FloatArray:
-    """Unit vectors from C-alpha to C-beta; zero where a C-beta could not be placed."""
-    ray = partner.sites[:, 3] - partner.ca
-    return ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9)
-
-
-def burial(partner: Partner) -> FloatArray:
-    """C-alpha of the partner within 1.3 nm of each residue's, on the side of its C-beta."""
-    away = partner.ca - partner.ca[:, None]
-    distance = np.linalg.norm(away, axis=2)
-    above = np.einsum("ijk,ik->ij", away, _directions(partner)) > 0
-    return np.asarray((above & (distance < SPHERE)).sum(axis=1), dtype=np.float64)
-
-
 def _own(partner: Partner) -> FloatArray:
     """What a residue brings whatever the pose, shape (n_residues, N_OWN - 1)."""
-    return np.column_stack([(burial(partner) - 15) / 8, DESCRIPTORS[partner.types]])
+    return np.column_stack([(partner.burial - 15) / 8, DESCRIPTORS[partner.types]])
 
 
 @dataclass(frozen=True)
@@ -193,8 +176,8 @@ def pair_table(complex_: Complex, poses: Poses, lengths: FloatArray, *, gradient
             across = (slopes[:, k, 3:] ** 2).sum(axis=1)
             laplacians[:, k, 0] = 2 / d[:, 0]
             laplacians[:, k, 1] = (2 * _dot(lever, lever) - across) / d[:, 0] - 2 * _dot(unit, lever)
-    u = _directions(receptor)[i]
-    v = (_directions(ligand) @ np.swapaxes(poses.rotation, 1, 2))[pose, j]
+    u = receptor.directions[i]
+    v = (ligand.directions @ np.swapaxes(poses.rotation, 1, 2))[pose, j]
     raw[:, 3], raw[:, 4], raw[:, 5] = _dot(u, n), -_dot(v, n), _dot(u, v)
     if gradient:
         # n turns by the part of a displacement across it, v with the ligand.

@@ -162,7 +162,7 @@ def side_chain_lengths(partners: Sequence[Partner]) -> FloatArray:
     """
     total, count = np.zeros(N_TYPES), np.zeros(N_TYPES)
     for p in partners:
-        centre, whole = p.side_chains()
+        centre, whole = p.side_chains
         ray = p.sites[:, 3] - p.ca
         has = whole & (np.linalg.norm(ray, axis=1) > 0)
         along = ((centre - p.ca) * ray)[has].sum(axis=1) / np.linalg.norm(ray[has], axis=1)
@@ -185,10 +185,8 @@ def site_points(partner: Partner, site: str, lengths: FloatArray) -> FloatArray:
         return partner.ca
     if site == "cb":
         return partner.sites[:, 3]
-    ray = partner.sites[:, 3] - partner.ca
-    ray = ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9)
-    guess = partner.ca + lengths[partner.types][:, None] * ray
-    centre, whole = partner.side_chains()
+    guess = partner.ca + lengths[partner.types][:, None] * partner.directions
+    centre, whole = partner.side_chains
     return np.where(whole[:, None], centre, guess)
 
 
